@@ -1,0 +1,2 @@
+// Package engine is Tercet's deterministic state machine: topics, consumer groups, leases.
+package engine

@@ -1,0 +1,80 @@
+// Package limits declares every bound of Tercet once. A bound is enforced at the edge that meets the
+// input first (server, compat, the transport), asserted in the core (engine, wal), and printed in the
+// reference (docs/limits.md, checked by a test against this file).
+package limits
+
+import "time"
+
+// Names.
+const (
+	// NameBytesMax bounds a topic or consumer group name on the queue protocol (decision D1 of the protocol page).
+	NameBytesMax = 256
+	// KeyBytesMax bounds any topic name inside the engine: a Valkey key may be longer than a queue name.
+	KeyBytesMax = 16 << 10
+)
+
+// Messages.
+const (
+	// MessageBytesMax bounds one message's body. Larger ones need staged parts.
+	MessageBytesMax = 1 << 20
+	// HeaderBytesMax bounds all application headers of one message together (names and values).
+	HeaderBytesMax = 16 << 10
+	// ContentTypeBytesMax bounds a content type.
+	ContentTypeBytesMax = 1 << 10
+	// BatchMessagesMax bounds the messages of one publish command.
+	BatchMessagesMax = 100
+	// BatchBytesMax bounds the body of one batch request, framing included.
+	BatchBytesMax = 3 << 20
+	// ReceiveMessagesMax bounds the messages of one receive.
+	ReceiveMessagesMax = 10
+	// IdempotencyKeyBytesMax bounds an idempotency key.
+	IdempotencyKeyBytesMax = 256
+)
+
+// Times.
+const (
+	RetentionMin     = 60 * time.Second
+	RetentionMax     = 7 * 24 * time.Hour
+	RetentionDefault = 24 * time.Hour
+	DelayMax         = 7 * 24 * time.Hour
+	VisibilityMax    = time.Hour
+	// VisibilityDefault is the lease of a receive that names none.
+	VisibilityDefault = 60 * time.Second
+	// WaitMax bounds a long poll.
+	WaitMax = 60 * time.Second
+)
+
+// Replication.
+const (
+	// EntryBytesTarget is where the coalescer closes a raft entry.
+	EntryBytesTarget = 256 << 10
+	// EntryBytesMax bounds one raft entry; a command that would exceed it is refused before it is proposed.
+	EntryBytesMax = 4 << 20
+	// FrameBytesMax bounds one frame between nodes; checked before anything is allocated.
+	FrameBytesMax = 8 << 20
+	// WALRecordBytesMax bounds one record of the write-ahead log.
+	WALRecordBytesMax = 8 << 20
+	// UnsyncedBytesMax and UnsyncedAgeMax are where the coalescer stops proposing.
+	UnsyncedBytesMax = 32 << 20
+	UnsyncedAgeMax   = 500 * time.Millisecond
+	// StallMax is the age of unsynced data after which a node withholds heartbeats and closes for service.
+	StallMax = 2 * time.Second
+	// IntakeSilenceMax of cluster time closes an intake.
+	IntakeSilenceMax = 10 * time.Minute
+	// IntakeOpenMax bounds the commands of one intake without a settled outcome.
+	IntakeOpenMax = 1 << 16
+)
+
+// Groups.
+const (
+	// UnsettledPerGroupMax bounds everything a queue group has been given and has not settled.
+	UnsettledPerGroupMax = 100_000
+	// UnsettledPerValkeyGroupMax is the same for a group that Valkey commands created.
+	UnsettledPerValkeyGroupMax = 1_000_000
+	// FoldPerCommandMax bounds the expired leases that one command tidies.
+	FoldPerCommandMax = 1000
+	// GroupsPerTopicMax bounds the consumer groups of one topic.
+	GroupsPerTopicMax = 4096
+	// TopicsMax bounds the topics of one shard.
+	TopicsMax = 1_000_000
+)
