@@ -1,0 +1,54 @@
+# Everything a developer or a CI needs, as verbs. `make` alone lists them.
+SHELL       := /usr/bin/env bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+GO       ?= go
+VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LDFLAGS  := -s -w -X main.version=$(VERSION)
+# Packages with unit tests; the end-to-end tests run afterwards and alone, since they time real processes.
+UNIT      = $(shell $(GO) list ./... | grep -v '/test/e2e')
+# A test that has not ended after this is stuck.
+TIMEOUT  ?= 15m
+
+.PHONY: help run build test test-all unit e2e race lint fuzz bench bench-baseline baseline deps clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: build ## build, then start three nodes on this machine (Ctrl-C stops them)
+	@bin/tercet dev
+
+build: ## build bin/tercet
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/tercet ./cmd/tercet
+
+deps: ## install what the tests need besides Go, or print the command that does
+	@.ci/deps
+
+test: deps unit e2e ## unit tests, a fixed sample of the fault tests, one end-to-end run per client
+
+unit:
+	$(GO) test -timeout $(TIMEOUT) $(UNIT)
+
+e2e: deps ## end-to-end tests: three real processes, the real clients
+	$(GO) test -timeout $(TIMEOUT) ./test/e2e/...
+
+test-all: export TERCET_TEST_ALL = 1
+test-all: TIMEOUT = 6h
+test-all: deps unit e2e ## the long campaigns: full counts of crashes, power losses and lines
+
+race: ## unit tests under the race detector
+	CGO_ENABLED=1 $(GO) test -race -timeout 40m $(UNIT)
+
+lint: ## go vet, and golangci-lint at its pinned version
+	$(GO) vet ./...
+	.ci/lint
+
+fuzz: ## every fuzz target for 10 s each (FUZZTIME=10m for longer)
+	.ci/fuzz
+
+bench: build ## publish at full speed to three local nodes, with a disk probe of the same minute
+	bin/tercet bench publish --via leader --publishers 256 --size 1024
+
+clean: ## remove what the other targets made, the data of `make run` included
+	rm -rf bin dist tercet-data test/e2e/sdk/node_modules
