@@ -78,6 +78,9 @@ type Init struct {
 	// Secret keys the check code of receipt handles and message IDs (32 bytes).
 	Secret []byte
 	Level  uint32
+	// Refound gives an existing state a new cluster id (and, if Secret is not empty, a new secret): what is
+	// left of a cluster after forced recovery is another cluster.
+	Refound bool
 }
 
 // OpenIntake opens an intake for a node process and closes the node's earlier ones. Result.Intake is its ID.
@@ -190,7 +193,8 @@ type Result struct {
 	// Repeat is set when the intake knew the command's number: the effect is that of an earlier entry, the
 	// acknowledgement must still wait for the watermark of this one.
 	Repeat bool
-	// Parked is set for a Receive with Park that found nothing: no result is recorded.
+	// Parked is set for a Receive with Park that found nothing: no result is recorded, and the same number may
+	// be proposed again. Code may then say why (ConcurrencyLimit, UnsettledLimit) for whoever gives up waiting.
 	Parked bool
 	// Intake is the result of OpenIntake.
 	Intake IntakeID
@@ -213,6 +217,7 @@ type Result struct {
 // Published tells where the messages of one Publish went: Count messages with consecutive positions, offsets
 // and, unless the topic's stream IDs say otherwise, sequence numbers.
 type Published struct {
+	Shard  uint16
 	Index  uint64
 	Pos    uint32
 	Count  uint32
@@ -222,7 +227,7 @@ type Published struct {
 
 // ID returns the ID of the i-th message.
 func (p Published) ID(i int) MessageID {
-	return MessageID{Index: p.Index, Pos: p.Pos + uint32(i), Kind: KindPlain}
+	return MessageID{Shard: p.Shard, Index: p.Index, Pos: p.Pos + uint32(i), Kind: KindPlain}
 }
 
 // Delivery is one message given to a consumer.
@@ -235,6 +240,9 @@ type Delivery struct {
 	// PublishedAt, ExpiresAt and LeaseUntil are Unix ms.
 	PublishedAt, ExpiresAt, LeaseUntil int64
 	// What follows is filled by Engine.Load.
+
+	// Gone is set by Load if the message expired between the grant and the load: it must not be shown.
+	Gone        bool
 	ContentType string
 	Headers     []Header
 	Deployment  string
@@ -246,6 +254,9 @@ type Delivery struct {
 type Effects struct {
 	// Deliverable lists groups that may now give something to a parked receive.
 	Deliverable []GroupRef
+	// Due lists groups with parked receives whose next message becomes deliverable earlier than NextDue said
+	// before: whoever holds a timer for them sets it anew.
+	Due []GroupRef
 	// InSync is set when the in-sync set changed.
 	InSync bool
 	// Configuration is set when the membership changed.

@@ -1,0 +1,84 @@
+package engine
+
+// QueryKind says what a Query asks for.
+type QueryKind uint8
+
+// The kinds of Query.
+const (
+	// QueryPeek asks for what a receive of Topic and Group would be given, changing nothing.
+	QueryPeek QueryKind = 1
+	// QueryBrowse asks for stored messages of Topic from offset From on, whatever any group did with them.
+	QueryBrowse QueryKind = 2
+	// QueryTopic asks for one topic's figures.
+	QueryTopic QueryKind = 3
+	// QueryGroup asks for one group's figures.
+	QueryGroup QueryKind = 4
+	// QueryTopics lists topics by name after After.
+	QueryTopics QueryKind = 5
+	// QueryGroups lists the groups of Topic by name after After.
+	QueryGroups QueryKind = 6
+	// QueryMessage asks for the message ID of Topic.
+	QueryMessage QueryKind = 7
+)
+
+// Query is a read of the applied state. It can be encoded, since a follower passes it to the leader.
+type Query struct {
+	Kind         QueryKind
+	Topic, Group string
+	// Max bounds the items of the answer; 0 means one.
+	Max int
+	// From is the first offset of QueryBrowse.
+	From uint64
+	// After is the name behind which QueryTopics and QueryGroups begin.
+	After string
+	// ID is the message of QueryMessage.
+	ID MessageID
+	// Deployment restricts QueryPeek.
+	Deployment string
+	// Now is cluster time as the reader knows it; the last stamp counts if it is later.
+	Now int64
+}
+
+// Answer is what a Query gave; which fields are set depends on its kind.
+type Answer struct {
+	// Messages are loaded. In a peek their receipts have epoch 0; in a browse they have none.
+	Messages []Delivery
+	Topics   []TopicInfo
+	Groups   []GroupInfo
+	// Next is where a browse that was cut short goes on, 0 at the end.
+	Next uint64
+	// More is set when a list was cut short: ask again after its last name.
+	More bool
+}
+
+// TopicInfo describes a topic.
+type TopicInfo struct {
+	Name        string
+	Incarnation uint64
+	// First is the lowest offset that may still be stored, Next the one the next message gets.
+	First, Next uint64
+	Last        StreamID
+	// Published and Bytes count everything ever published, as stored.
+	Published, Bytes uint64
+	Groups           int
+	// OldestAt is when the oldest message that has not expired was published, Unix ms, 0 without any.
+	OldestAt int64
+}
+
+// GroupInfo describes a consumer group.
+type GroupInfo struct {
+	Topic, Name string
+	Incarnation uint64
+	// Position is the ID of the last message passed, Offset the first offset not yet looked at.
+	Position StreamID
+	Offset   uint64
+	// Ready counts messages the group has not been given (some may have expired), Unsettled all it was given
+	// and has not settled, Inflight those of them under a lease that runs.
+	Ready     uint64
+	Unsettled int
+	Inflight  int
+	// Delivered, Redelivered and Acknowledged count for ever.
+	Delivered, Redelivered, Acknowledged uint64
+	// OldestAt is when the oldest message this group has not settled was published, Unix ms, 0 without any.
+	OldestAt int64
+}
