@@ -1,0 +1,238 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"sync"
+	"time"
+
+	"tercet.dev/tercet/internal/errs"
+	"tercet.dev/tercet/server/wire"
+)
+
+// CheckBind refuses an address that others than this machine could reach, unless requests are authenticated or
+// insecure says that this is meant. It looks at the address only and opens nothing. A nil error with public set
+// means: allowed, worth a warning when requests are not authenticated.
+func CheckBind(addr string, authenticated, insecure bool) (public bool, err error) {
+	host, _, err := net.SplitHostPort(addr)
+	if err != nil {
+		return false, fmt.Errorf("address %q: want HOST:PORT or :PORT", addr)
+	}
+	if loopback(host) {
+		return false, nil
+	}
+	if authenticated || insecure {
+		return true, nil
+	}
+	return true, fmt.Errorf("address %q can be reached from other machines: configure tokens, or pass --insecure to serve without authentication", addr)
+}
+
+func loopback(host string) bool {
+	if host == "" || host == "localhost" {
+		return true
+	}
+	ip, err := netip.ParseAddr(host)
+	return err == nil && ip.Unmap().IsLoopback()
+}
+
+// Listen opens the listeners of an address. Without a host that is 127.0.0.1 and, where the machine has it, ::1, both
+// on the same port; port 0 takes one that is free on both.
+func Listen(ctx context.Context, addr string) ([]net.Listener, error) {
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return nil, fmt.Errorf("address %q: want HOST:PORT or :PORT", addr)
+	}
+	var config net.ListenConfig
+	if host != "" {
+		l, err := config.Listen(ctx, "tcp", addr)
+		if err != nil {
+			return nil, err
+		}
+		return []net.Listener{l}, nil
+	}
+	// A free port on 127.0.0.1 may be taken on ::1; then another one is drawn.
+	for attempt := 0; ; attempt++ {
+		four, err := config.Listen(ctx, "tcp4", net.JoinHostPort("127.0.0.1", port))
+		if err != nil {
+			return nil, err
+		}
+		_, bound, _ := net.SplitHostPort(four.Addr().String())
+		six, err := config.Listen(ctx, "tcp6", net.JoinHostPort("::1", bound))
+		switch {
+		case err == nil:
+			return []net.Listener{four, six}, nil
+		case !addressTaken(err):
+			return []net.Listener{four}, nil // no IPv6 here
+		}
+		four.Close()
+		if port != "0" || attempt == 10 {
+			return nil, err
+		}
+	}
+}
+
+// bound wraps a listener so that it keeps the bounds on connections and looks at request heads (see headConn).
+func (s *Server) bound(l net.Listener) net.Listener { return &listener{Listener: l, s: s} }
+
+type listener struct {
+	net.Listener
+	s *Server
+}
+
+// tooMany is what a connection above the bounds is told. Which operation it would have asked for is not known;
+// 429 is understood by all of them.
+var tooMany = func() []byte {
+	e := errs.New(errs.Overloaded, "too many connections to this node")
+	e.Hint = "close idle connections, or use other nodes"
+	body := appendError(nil, e, "")
+	return fmt.Appendf(nil, "HTTP/1.1 429 Too Many Requests\r\nContent-Type: %s\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s",
+		wire.MediaJSON, len(body), body)
+}()
+
+// Accept returns the next connection within the bounds.
+func (l *listener) Accept() (net.Conn, error) {
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		addr, ok := l.s.load.admit(c)
+		if ok {
+			l.s.metrics.conns.Inc()
+			return &headConn{Conn: c, s: l.s, addr: addr, inHead: true}, nil
+		}
+		l.s.metrics.refused.connections.Inc()
+		// The answer fits the socket's buffer; a client that does not take it does not hold us up.
+		c.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
+		c.Write(tooMany)
+		c.Close()
+	}
+}
+
+// connections counts open connections, all and by remote address.
+type connections struct {
+	mu     sync.Mutex
+	all    int
+	byAddr map[netip.Addr]int
+}
+
+// admit counts a new connection in, unless a bound is reached.
+func (l *load) admit(c net.Conn) (netip.Addr, bool) {
+	var addr netip.Addr
+	if tcp, ok := c.RemoteAddr().(*net.TCPAddr); ok {
+		addr = tcp.AddrPort().Addr().Unmap()
+	}
+	k := &l.connections
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.all >= l.connectionsMax || k.byAddr[addr] >= l.perAddrMax {
+		return addr, false
+	}
+	k.all++
+	k.byAddr[addr]++
+	return addr, true
+}
+
+// leave counts a connection out.
+func (l *load) leave(addr netip.Addr) {
+	k := &l.connections
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.all--
+	if k.byAddr[addr]--; k.byAddr[addr] == 0 {
+		delete(k.byAddr, addr)
+	}
+}
+
+// errHead is what a request whose head is ambiguous ends with. net/http answers 400 and closes the connection.
+var errHead = errors.New("server: ambiguous request head")
+
+// headConn watches the heads of requests for three things that net/http lets pass and that proxies in front read
+// differently, which is how requests are smuggled past them: a line that ends without CR, a header folded over
+// two lines, and a length beside Transfer-Encoding.
+//
+// It looks while a head is expected: from the beginning of the connection, and from the moment the last answer is
+// complete, until the request reaches the handler. The next request of a client that does not wait for its answers
+// may come in between and is not looked at; no proxy sends like that.
+type headConn struct {
+	net.Conn
+	s    *Server
+	addr netip.Addr
+	once sync.Once
+
+	mu     sync.Mutex
+	inHead bool
+	// line is the beginning of the line that has not ended yet, as far as it matters.
+	line                []byte
+	first               bool // the next line is not the first of its head
+	hasLength, hasCoded bool
+	// frames is set for a connection that speaks HTTP/2: it has no heads of this kind.
+	frames bool
+}
+
+// Read implements net.Conn.
+func (c *headConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if n > 0 {
+		c.mu.Lock()
+		ok := !c.inHead || c.look(p[:n])
+		c.mu.Unlock()
+		if !ok {
+			return 0, errHead
+		}
+	}
+	return n, err
+}
+
+// Close implements net.Conn.
+func (c *headConn) Close() error {
+	c.once.Do(func() {
+		c.s.load.leave(c.addr)
+		c.s.metrics.conns.Dec()
+	})
+	return c.Conn.Close()
+}
+
+// CloseWrite lets net/http end its side first, so that the last answer is not lost with unread input.
+func (c *headConn) CloseWrite() error {
+	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return nil
+}
+
+// expect begins or ends the expectation of a head.
+func (c *headConn) expect(head bool) {
+	c.mu.Lock()
+	c.inHead = head && !c.frames
+	c.line, c.first, c.hasLength, c.hasCoded = c.line[:0], false, false, false
+	c.mu.Unlock()
+}
+
+// connState is http.Server's: an idle connection expects a head.
+func connState(conn net.Conn, state http.ConnState) {
+	if c, ok := conn.(*headConn); ok && state == http.StateIdle {
+		c.expect(true)
+	}
+}
+
+type connKey struct{}
+
+// connContext is http.Server's: it makes the connection known to its requests.
+func connContext(ctx context.Context, conn net.Conn) context.Context {
+	if c, ok := conn.(*headConn); ok {
+		return context.WithValue(ctx, connKey{}, c)
+	}
+	return ctx
+}
+
+// headRead says that the request's head has been read: what comes now is body.
+func headRead(r *http.Request) {
+	if c, ok := r.Context().Value(connKey{}).(*headConn); ok {
+		c.expect(false)
+	}
+}

@@ -1,0 +1,221 @@
+// Package wire holds what the HTTP server and its clients agree on and nothing else: header names, media
+// types, the JSON documents of /v1, and the compact framing of message batches. It imports nothing of Tercet.
+package wire
+
+import "time"
+
+// Header names in canonical form, so that they can index an http.Header directly.
+const (
+	HeaderRetention      = "Vqs-Retention-Seconds"
+	HeaderDelay          = "Vqs-Delay-Seconds"
+	HeaderIdempotencyKey = "Vqs-Idempotency-Key"
+	HeaderDeployment     = "Vqs-Deployment-Id"
+	HeaderMaxMessages    = "Vqs-Max-Messages"
+	HeaderVisibility     = "Vqs-Visibility-Timeout-Seconds"
+	HeaderMaxConcurrency = "Vqs-Max-Concurrency"
+	HeaderCursorFallback = "Vqs-Cursor-Fallback"
+
+	HeaderMessageID     = "Vqs-Message-Id"
+	HeaderReceipt       = "Vqs-Receipt-Handle"
+	HeaderDeliveryCount = "Vqs-Delivery-Count"
+	HeaderTimestamp     = "Vqs-Timestamp"
+	HeaderExpiresAt     = "Vqs-Expires-At"
+
+	HeaderDurability = "Tercet-Durability"
+	HeaderWait       = "Tercet-Wait-Seconds"
+	HeaderZones      = "Tercet-Zones"
+	HeaderPosition   = "Tercet-Position"
+	HeaderTerm       = "Tercet-Term"
+
+	HeaderRequestID = "X-Request-Id"
+)
+
+// Media types.
+const (
+	MediaJSON      = "application/json"
+	MediaNDJSON    = "application/x-ndjson"
+	MediaMultipart = "multipart/mixed"
+	// MediaBatch is the compact framing (see Reader).
+	MediaBatch = "application/vnd.tercet.batch"
+	// MediaOctets is the content type of a message that was sent without one (decision D3).
+	MediaOctets = "application/octet-stream"
+)
+
+// TimeFormat is how times are written: UTC with milliseconds.
+const TimeFormat = "2006-01-02T15:04:05.000Z"
+
+// AppendTime appends a Unix time in milliseconds in TimeFormat.
+func AppendTime(b []byte, ms int64) []byte {
+	return time.UnixMilli(ms).UTC().AppendFormat(b, TimeFormat)
+}
+
+// Error is the body of every answer that is none of the asked-for ones.
+type Error struct {
+	Error string `json:"error"`
+	// Code is the stable identifier to branch on.
+	Code string `json:"code"`
+	// Outcome is "none" when nothing happened and nothing will, "unknown" when it may have.
+	Outcome   string `json:"outcome"`
+	Hint      string `json:"hint"`
+	RequestID string `json:"requestId"`
+
+	// With concurrency_limit and unsettled_limit.
+	CurrentInflight int `json:"currentInflight,omitempty"`
+	MaxConcurrency  int `json:"maxConcurrency,omitempty"`
+	// With duplicate.
+	OriginalMessageID string `json:"originalMessageId,omitempty"`
+	// With extend_past_expiry.
+	MessageExpiresAt   string `json:"messageExpiresAt,omitempty"`
+	RequestedExpiresAt string `json:"requestedExpiresAt,omitempty"`
+}
+
+// Sent is the answer to a send.
+type Sent struct {
+	MessageID string `json:"messageId"`
+}
+
+// BatchResult is one element of Batch.
+type BatchResult struct {
+	// Status is "sent" or "failed".
+	Status    string `json:"status"`
+	MessageID string `json:"messageId,omitempty"`
+	// With "failed".
+	StatusCode int    `json:"statusCode,omitempty"`
+	Code       string `json:"code,omitempty"`
+	Error      string `json:"error,omitempty"`
+	Retryable  bool   `json:"retryable,omitempty"`
+}
+
+// Batch is the JSON answer to a batch: one result per message, in order.
+type Batch struct {
+	Results []BatchResult `json:"results"`
+}
+
+// Extend is the body of a visibility change.
+type Extend struct {
+	VisibilityTimeoutSeconds int64 `json:"visibilityTimeoutSeconds"`
+}
+
+// Message is one line of an NDJSON receive. Body is base64 on the wire.
+type Message struct {
+	MessageID     string `json:"messageId"`
+	ReceiptHandle string `json:"receiptHandle"`
+	DeliveryCount uint32 `json:"deliveryCount"`
+	Timestamp     string `json:"timestamp"`
+	ExpiresAt     string `json:"expiresAt"`
+	ContentType   string `json:"contentType"`
+	// Headers are the application and trace headers the message was sent with.
+	Headers map[string]string `json:"headers,omitempty"`
+	Body    []byte            `json:"body"`
+}
+
+// Node is the answer to GET /v1/node.
+type Node struct {
+	ID           string `json:"id"`
+	Zone         string `json:"zone"`
+	Role         string `json:"role"`
+	Incarnation  string `json:"incarnation"`
+	AppliedIndex uint64 `json:"appliedIndex"`
+	// StateHash is the hash of the replicated state at AppliedIndex, 16 hexadecimal digits.
+	StateHash string `json:"stateHash"`
+	Version   string `json:"version"`
+	Draining  bool   `json:"draining"`
+}
+
+// Cluster is the answer to GET /v1/cluster.
+type Cluster struct {
+	ClusterID  string        `json:"clusterId"`
+	Term       uint64        `json:"term"`
+	Leader     string        `json:"leader"`
+	Durability string        `json:"durability"`
+	InSync     []string      `json:"inSync"`
+	Nodes      []ClusterNode `json:"nodes"`
+}
+
+// ClusterNode is one member in Cluster.
+type ClusterNode struct {
+	ID          string `json:"id"`
+	Zone        string `json:"zone"`
+	Incarnation string `json:"incarnation"`
+	HTTP        string `json:"http"`
+	Peer        string `json:"peer"`
+	Valkey      string `json:"valkey"`
+	Role        string `json:"role"`
+	InSync      bool   `json:"inSync"`
+	MatchIndex  uint64 `json:"matchIndex"`
+	// DiskFree is what the member last reported, 0 where unknown.
+	DiskFree int64 `json:"diskFree"`
+}
+
+// Member names a node in a membership request.
+type Member struct {
+	ID string `json:"id"`
+}
+
+// Advance is the body of POST /v1/clock/advance.
+type Advance struct {
+	Seconds int64 `json:"seconds"`
+}
+
+// Topics is the answer to GET /v1/topics. Next, when set, is the ?after= of the next page.
+type Topics struct {
+	Topics []Topic `json:"topics"`
+	Next   string  `json:"next,omitempty"`
+}
+
+// Topic describes a topic.
+type Topic struct {
+	Name string `json:"name"`
+	// FirstOffset is the lowest offset that may still be stored, NextOffset the one the next message gets.
+	FirstOffset uint64 `json:"firstOffset"`
+	NextOffset  uint64 `json:"nextOffset"`
+	// Published and PublishedBytes count everything ever published.
+	Published      uint64 `json:"published"`
+	PublishedBytes uint64 `json:"publishedBytes"`
+	Groups         int    `json:"groups"`
+	// OldestAt is when the oldest stored message was published.
+	OldestAt string `json:"oldestAt,omitempty"`
+}
+
+// Groups is the answer to GET /v1/topics/{topic}/groups. Next, when set, is the ?after= of the next page.
+type Groups struct {
+	Groups []Group `json:"groups"`
+	Next   string  `json:"next,omitempty"`
+}
+
+// Group describes a consumer group.
+type Group struct {
+	Topic string `json:"topic"`
+	Name  string `json:"name"`
+	// NextOffset is the first offset the group has not looked at.
+	NextOffset uint64 `json:"nextOffset"`
+	// Ready counts messages the group was never given, Inflight those under a lease, Returned those whose lease
+	// ended without an acknowledgement.
+	Ready    uint64 `json:"ready"`
+	Inflight int    `json:"inflight"`
+	Returned int    `json:"returned"`
+	// Delivered, Redelivered and Acknowledged count for ever.
+	Delivered    uint64 `json:"delivered"`
+	Redelivered  uint64 `json:"redelivered"`
+	Acknowledged uint64 `json:"acknowledged"`
+	// OldestAt is when the oldest message the group has not settled was published.
+	OldestAt string `json:"oldestAt,omitempty"`
+}
+
+// Messages is the answer to GET /v1/topics/{topic}/messages. Next is the ?from= to go on with, 0 at the end.
+type Messages struct {
+	Messages []BrowsedMessage `json:"messages"`
+	Next     uint64           `json:"next"`
+}
+
+// BrowsedMessage is a stored message, apart from any group. Body is base64 on the wire.
+type BrowsedMessage struct {
+	MessageID    string            `json:"messageId"`
+	Offset       uint64            `json:"offset"`
+	Timestamp    string            `json:"timestamp"`
+	ExpiresAt    string            `json:"expiresAt,omitempty"`
+	ContentType  string            `json:"contentType"`
+	DeploymentID string            `json:"deploymentId,omitempty"`
+	Headers      map[string]string `json:"headers,omitempty"`
+	Body         []byte            `json:"body"`
+}
