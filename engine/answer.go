@@ -1,0 +1,355 @@
+package engine
+
+import (
+	"encoding/binary"
+	"sort"
+
+	"tercet.dev/tercet/internal/errs"
+	"tercet.dev/tercet/internal/limits"
+)
+
+// browseMax bounds the items of one Answer.
+const browseMax = 1000
+
+// answerBytes is where a list of messages is cut short, so that an Answer fits into a frame.
+const answerBytes = 4 << 20
+
+// Query answers a read from the applied state; messages come loaded. It may be called from any goroutine.
+func (e *Engine) Query(q Query) (Answer, error) {
+	if err := e.Err(); err != nil {
+		return Answer{}, err
+	}
+	e.dbMu.RLock()
+	defer e.dbMu.RUnlock()
+	a, sizes, err := e.query(&q)
+	if err != nil {
+		return Answer{}, err
+	}
+	total := uint64(0)
+	for i, n := range sizes {
+		if total += n; total > answerBytes && i > 0 {
+			a.Next = a.Messages[i].Receipt.Offset
+			a.Messages, a.More = a.Messages[:i], true
+			break
+		}
+	}
+	if len(a.Messages) > 0 {
+		// dbMu is held already; Load would take it a second time.
+		err = e.loadAll(a.Messages)
+		if errs.CodeOf(err) == errs.MessageNotFound {
+			kept := a.Messages[:0]
+			for _, d := range a.Messages {
+				if !d.Gone {
+					kept = append(kept, d)
+				}
+			}
+			a.Messages, err = kept, nil
+		}
+	}
+	if q.Kind == QueryBrowse || q.Kind == QueryMessage {
+		for i := range a.Messages {
+			a.Messages[i].Receipt = Receipt{Shard: a.Messages[i].Receipt.Shard, Offset: a.Messages[i].Receipt.Offset}
+		}
+	}
+	return a, err
+}
+
+// query fills the answer except for contents; sizes are estimates of the messages' bytes.
+func (e *Engine) query(q *Query) (Answer, []uint64, error) {
+	e.mu.RLock()
+	defer e.mu.RUnlock()
+	now := max(q.Now, e.stamp.Cluster)
+	limit := min(max(q.Max, 1), browseMax)
+	var a Answer
+	if q.Kind == QueryTopics {
+		names := sortedKeys(e.topics)
+		for _, name := range names[sort.Search(len(names), func(i int) bool { return names[i] > q.After }):] {
+			if len(a.Topics) == limit {
+				a.More = true
+				break
+			}
+			info, err := e.topicInfo(e.topics[name], now)
+			if err != nil {
+				return a, nil, err
+			}
+			a.Topics = append(a.Topics, info)
+		}
+		return a, nil, nil
+	}
+	t := e.topics[q.Topic]
+	if t == nil {
+		if q.Kind == QueryPeek {
+			return a, nil, nil
+		}
+		return a, nil, errs.New(errs.TopicNotFound, "topic %q not found", q.Topic)
+	}
+	switch q.Kind {
+	case QueryPeek:
+		if q.Deployment != "" {
+			return a, nil, errs.Of(errs.Unsupported)
+		}
+		return e.peek(t, t.groups[q.Group], min(limit, limits.ReceiveMessagesMax), now)
+	case QueryBrowse:
+		return e.browse(t, q.From, limit, now)
+	case QueryMessage:
+		b, i, err := e.byID(t, q.ID)
+		if err != nil {
+			return a, nil, err
+		}
+		if b == nil || b.expiry(i) <= now {
+			return a, nil, errs.Of(errs.MessageNotFound)
+		}
+		a.Messages = []Delivery{e.stored1(t, nil, b, i)}
+		return a, nil, nil
+	case QueryTopic:
+		info, err := e.topicInfo(t, now)
+		a.Topics = []TopicInfo{info}
+		return a, nil, err
+	case QueryGroup:
+		g := t.groups[q.Group]
+		if g == nil {
+			return a, nil, errs.New(errs.GroupNotFound, "consumer group %q not found", q.Group)
+		}
+		info, err := e.groupInfo(g, now)
+		a.Groups = []GroupInfo{info}
+		return a, nil, err
+	case QueryGroups:
+		names := sortedKeys(t.groups)
+		for _, name := range names[sort.Search(len(names), func(i int) bool { return names[i] > q.After }):] {
+			if len(a.Groups) == limit {
+				a.More = true
+				break
+			}
+			info, err := e.groupInfo(t.groups[name], now)
+			if err != nil {
+				return a, nil, err
+			}
+			a.Groups = append(a.Groups, info)
+		}
+		return a, nil, nil
+	}
+	return a, nil, errs.New(errs.BadRequest, "query kind %d is not known", q.Kind)
+}
+
+// stored1 is a message as it stands in the log, and for a group as its next delivery would be.
+func (e *Engine) stored1(t *topic, g *group, b *block, i uint32) Delivery {
+	d := Delivery{
+		ID:     MessageID{Shard: e.o.Shard, Index: b.index, Pos: b.posOf(i), Kind: KindPlain},
+		Stream: b.streamOf(i), PublishedAt: b.wall, ExpiresAt: b.wallExpiry(i),
+		Receipt: Receipt{Shard: e.o.Shard, Topic: t.inc, Offset: b.base + uint64(i)},
+	}
+	if g != nil {
+		d.Receipt.Group = g.inc
+	}
+	return d
+}
+
+func (b *block) sizeOf(i uint32) uint64 {
+	if int(i)+1 < len(b.starts) {
+		return uint64(b.starts[i+1] - b.starts[i])
+	}
+	return b.bytes / uint64(b.count)
+}
+
+func (e *Engine) peek(t *topic, g *group, limit int, now int64) (Answer, []uint64, error) {
+	var a Answer
+	var sizes []uint64
+	add := func(b *block, i uint32, count uint32) {
+		d := e.stored1(t, g, b, i)
+		d.Count = count + 1
+		d.LeaseUntil = e.stamp.Wall
+		a.Messages = append(a.Messages, d)
+		sizes = append(sizes, b.sizeOf(i))
+	}
+	off := uint64(0)
+	if g != nil {
+		off = g.next
+	}
+	for len(a.Messages) < limit && (g == nil || g.live < e.unsettledMax) {
+		b, i, err := e.firstLive(t, nil, off, now, false)
+		if err != nil {
+			return a, nil, err
+		}
+		if b == nil {
+			break
+		}
+		off = b.base + uint64(i)
+		if g == nil || g.ahead == 0 || g.find(off) == nil {
+			add(b, i, 0)
+		}
+		off++
+	}
+	if g == nil || len(a.Messages) == limit {
+		return a, sizes, nil
+	}
+	var due []timer
+	g.each(func(off uint64, l *lease) {
+		if l.state != settledAhead && l.expiry > now && l.due() <= now {
+			due = append(due, timer{l.due(), off})
+		}
+	})
+	sort.Slice(due, func(i, j int) bool { return due[i].before(due[j]) })
+	for _, d := range due[:min(len(due), limit-len(a.Messages))] {
+		b, i, err := e.blockAt(t, nil, d.off)
+		if err != nil {
+			return a, nil, err
+		}
+		add(b, i, g.find(d.off).count)
+	}
+	return a, sizes, nil
+}
+
+func (e *Engine) browse(t *topic, from uint64, limit int, now int64) (Answer, []uint64, error) {
+	var a Answer
+	var sizes []uint64
+	var hint *block
+	for {
+		b, i, err := e.firstLive(t, hint, from, now, false)
+		if err != nil || b == nil {
+			return a, sizes, err
+		}
+		hint = b
+		from = b.base + uint64(i)
+		if len(a.Messages) == limit {
+			a.Next, a.More = from, true
+			return a, sizes, nil
+		}
+		a.Messages = append(a.Messages, e.stored1(t, nil, b, i))
+		sizes = append(sizes, b.sizeOf(i))
+		from++
+	}
+}
+
+func (e *Engine) topicInfo(t *topic, now int64) (TopicInfo, error) {
+	info := TopicInfo{Name: t.name, Incarnation: t.inc, First: max(t.floor.offset, t.gone), Next: t.next, Last: t.last,
+		Published: t.published, Bytes: t.bytes, Groups: len(t.groups)}
+	b, i, err := e.firstLive(t, nil, 0, now, false)
+	if err != nil {
+		return info, err
+	}
+	if b == nil {
+		info.First = t.next
+		return info, nil
+	}
+	info.First, info.OldestAt = b.base+uint64(i), b.wall
+	return info, nil
+}
+
+func (e *Engine) groupInfo(g *group, now int64) (GroupInfo, error) {
+	info := GroupInfo{Topic: g.topic.name, Name: g.name, Incarnation: g.inc, Position: g.pos, Offset: g.next,
+		Inflight: g.inflightAt(now), Delivered: g.delivered, Redelivered: g.redelivered, Acknowledged: g.acked}
+	oldest := uint64(never)
+	g.each(func(off uint64, l *lease) {
+		if l.expiry > now && l.state != settledAhead {
+			info.Unsettled++
+			oldest = min(oldest, off)
+		}
+	})
+	b, i, err := e.firstLive(g.topic, nil, g.next, now, false)
+	if err != nil {
+		return info, err
+	}
+	if b != nil {
+		off := b.base + uint64(i)
+		info.Ready = g.topic.next - off - min(uint64(g.ahead), g.topic.next-off)
+		oldest = min(oldest, off)
+		info.OldestAt = b.wall
+	}
+	if oldest < g.next {
+		b, _, err := e.blockAt(g.topic, nil, oldest)
+		if err != nil {
+			return info, err
+		}
+		info.OldestAt = b.wall
+	}
+	return info, nil
+}
+
+const queryVersion = 1
+
+// AppendQuery appends the encoded query, for the way to the leader.
+func AppendQuery(b []byte, q *Query) []byte {
+	b = append(b, queryVersion, byte(q.Kind))
+	b = appendBytes(b, q.Topic)
+	b = appendBytes(b, q.Group)
+	b = binary.AppendUvarint(b, uint64(max(q.Max, 0)))
+	b = binary.AppendUvarint(b, q.From)
+	b = appendBytes(b, q.After)
+	b = q.ID.append(b)
+	b = appendBytes(b, q.Deployment)
+	return appendVarint(b, q.Now)
+}
+
+// DecodeQuery decodes what AppendQuery wrote.
+func DecodeQuery(b []byte) (Query, error) {
+	r := reader{b: b}
+	if r.u8() != queryVersion {
+		return Query{}, errMalformed
+	}
+	q := Query{Kind: QueryKind(r.u8()), Topic: r.str(), Group: r.str(), Max: int(r.upTo(1 << 31)), From: r.uvarint(), After: r.str(),
+		ID: r.messageID(), Deployment: r.str(), Now: r.varint()}
+	if err := r.err(); err != nil {
+		return Query{}, err
+	}
+	return q, nil
+}
+
+// AppendAnswer appends the encoded answer, for the way back.
+func AppendAnswer(b []byte, a *Answer) []byte {
+	b = append(b, queryVersion)
+	b = appendDeliveries(b, a.Messages)
+	b = binary.AppendUvarint(b, uint64(len(a.Topics)))
+	for i := range a.Topics {
+		t := &a.Topics[i]
+		b = appendBytes(b, t.Name)
+		b = binary.AppendUvarint(b, t.Incarnation)
+		b = binary.AppendUvarint(b, t.First)
+		b = binary.AppendUvarint(b, t.Next)
+		b = t.Last.append(b)
+		b = binary.AppendUvarint(b, t.Published)
+		b = binary.AppendUvarint(b, t.Bytes)
+		b = binary.AppendUvarint(b, uint64(t.Groups))
+		b = appendVarint(b, t.OldestAt)
+	}
+	b = binary.AppendUvarint(b, uint64(len(a.Groups)))
+	for i := range a.Groups {
+		g := &a.Groups[i]
+		b = appendBytes(b, g.Topic)
+		b = appendBytes(b, g.Name)
+		b = binary.AppendUvarint(b, g.Incarnation)
+		b = g.Position.append(b)
+		b = binary.AppendUvarint(b, g.Offset)
+		b = binary.AppendUvarint(b, g.Ready)
+		b = binary.AppendUvarint(b, uint64(g.Unsettled))
+		b = binary.AppendUvarint(b, uint64(g.Inflight))
+		b = binary.AppendUvarint(b, g.Delivered)
+		b = binary.AppendUvarint(b, g.Redelivered)
+		b = binary.AppendUvarint(b, g.Acknowledged)
+		b = appendVarint(b, g.OldestAt)
+	}
+	b = binary.AppendUvarint(b, a.Next)
+	return appendBool(b, a.More)
+}
+
+// DecodeAnswer decodes what AppendAnswer wrote. Bodies point into b.
+func DecodeAnswer(b []byte) (Answer, error) {
+	r := reader{b: b}
+	if r.u8() != queryVersion {
+		return Answer{}, errMalformed
+	}
+	a := Answer{Messages: r.deliveries()}
+	for range r.count(10) {
+		a.Topics = append(a.Topics, TopicInfo{Name: r.str(), Incarnation: r.uvarint(), First: r.uvarint(), Next: r.uvarint(), Last: r.streamID(),
+			Published: r.uvarint(), Bytes: r.uvarint(), Groups: int(r.upTo(1 << 40)), OldestAt: r.varint()})
+	}
+	for range r.count(13) {
+		a.Groups = append(a.Groups, GroupInfo{Topic: r.str(), Name: r.str(), Incarnation: r.uvarint(), Position: r.streamID(), Offset: r.uvarint(),
+			Ready: r.uvarint(), Unsettled: int(r.upTo(1 << 40)), Inflight: int(r.upTo(1 << 40)), Delivered: r.uvarint(), Redelivered: r.uvarint(),
+			Acknowledged: r.uvarint(), OldestAt: r.varint()})
+	}
+	a.Next, a.More = r.uvarint(), r.bool()
+	if err := r.err(); err != nil {
+		return Answer{}, err
+	}
+	return a, nil
+}

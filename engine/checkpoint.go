@@ -1,0 +1,299 @@
+package engine
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/cockroachdb/pebble/v2"
+)
+
+// ErrClosed is returned by calls on an engine that was closed.
+var ErrClosed = errors.New("engine: closed")
+
+// Checkpoint writes all state that changed since the last one, what became dead, and the applied index in one
+// atomic batch, and waits until it is on disk: then the durable point moves, and the log below it is needed
+// no more. It may run beside Apply, which it holds up only while it encodes; rows of entries applied in the
+// meantime may reach the disk with it, which replay allows for (rule 16(a)).
+func (e *Engine) Checkpoint() (Meta, error) {
+	e.cpMu.Lock()
+	defer e.cpMu.Unlock()
+	return e.checkpoint()
+}
+
+func (e *Engine) checkpoint() (Meta, error) {
+	if err := e.Err(); err != nil {
+		return Meta{}, err
+	}
+	if e.installed != nil {
+		// What is in memory is already replaced; only Reopen leads on from here.
+		return e.installed.meta(), nil
+	}
+	e.dbMu.RLock()
+	defer e.dbMu.RUnlock()
+	e.mu.Lock()
+	if d := e.durable.Load(); d != nil && d.index == e.index {
+		e.mu.Unlock()
+		return d.meta(), nil
+	}
+	batch := e.db.NewBatch()
+	defer func() { _ = batch.Close() }()
+	s := e.cloneState()
+	e.encodeDirty(batch)
+	logBytes, dirt := e.logBytes.Load(), e.dirtRough.Load()
+	e.mu.Unlock()
+
+	floors, swept, err := e.sweep(batch, &s)
+	if err != nil {
+		e.fail(err)
+		return Meta{}, err
+	}
+	if err := batch.Commit(pebble.NoSync); err != nil {
+		err = fmt.Errorf("engine: writing the checkpoint of entry %d: %w", s.index, err)
+		e.fail(err)
+		return Meta{}, err
+	}
+	if err := e.flush(); err != nil {
+		e.fail(err)
+		return Meta{}, err
+	}
+	e.mu.Lock()
+	for inc, f := range floors {
+		if t := e.byInc[inc]; t != nil {
+			t.floor = f
+			t.gone = max(t.gone, f.offset)
+		}
+	}
+	e.mu.Unlock()
+	e.swept = swept
+	e.durable.Store(&s)
+	e.logBytes.Add(-logBytes)
+	e.dirtRough.Add(-dirt)
+	return s.meta(), nil
+}
+
+// flush waits until everything committed so far is on disk, or the store says that it cannot be.
+func (e *Engine) flush() error {
+	done, err := e.db.AsyncFlush()
+	if err != nil {
+		return fmt.Errorf("engine: flushing: %w", err)
+	}
+	select {
+	case <-done:
+		// A flush that failed for good does not end, but one failure may have preceded success: it counts.
+		return e.Err()
+	case <-e.failure:
+		return e.Err()
+	}
+}
+
+// encodeDirty puts every changed row into the batch. The order within the batch is that of names and numbers,
+// so that equal histories write equal batches.
+func (e *Engine) encodeDirty(batch *pebble.Batch) {
+	now := e.stamp.Cluster
+	for _, id := range e.removedIntakes {
+		_ = batch.Delete(e.keys.key(rowIntake, uint64(id)), nil) // a batch in memory takes everything
+	}
+	e.removedIntakes = nil
+	for _, id := range sortedKeys(e.intakes) {
+		e.put(batch, e.intakes[id].appendRow(nil), rowIntake, uint64(id))
+	}
+	for _, inc := range sortedKeys(e.byInc) {
+		t := e.byInc[inc]
+		if t.dirty {
+			t.dirty = false
+			e.put(batch, t.appendRow(e.rowBuf[:0]), rowTopic, inc)
+		}
+	}
+	for _, g := range e.groups {
+		tinc := g.topic.inc
+		for _, key := range g.gone {
+			_ = batch.Delete(e.keys.key(rowChunk, tinc, g.inc, key), nil)
+		}
+		g.gone = nil
+		if !g.dirty {
+			continue
+		}
+		g.dirty = false
+		e.put(batch, g.appendRow(e.rowBuf[:0]), rowGroup, tinc, g.inc)
+		for _, key := range sortedKeys(g.chunks) {
+			c := g.chunks[key]
+			if !c.dirty {
+				continue
+			}
+			c.dirty = false
+			if row := c.appendRow(e.rowBuf[:0], now); row != nil {
+				e.rowBuf = row[:0]
+				e.put(batch, row, rowChunk, tinc, g.inc, key)
+				c.stored = true
+			} else if c.stored {
+				_ = batch.Delete(e.keys.key(rowChunk, tinc, g.inc, key), nil)
+				c.stored = false
+			}
+		}
+	}
+	e.put(batch, e.state.appendRow(e.rowBuf[:0]), rowState)
+}
+
+// sweep adds to the checkpoint of s the removal of all blocks whose last message had expired by then. Expired
+// blocks at the head of a topic go with one range deletion per kind, from where the last one ended; others
+// one by one. It returns the floors that move with the checkpoint.
+func (e *Engine) sweep(batch *pebble.Batch, s *state) (map[uint64]floor, int64, error) {
+	now := s.stamp.Cluster
+	upto := now / minute
+	if upto <= e.swept {
+		return nil, e.swept, nil
+	}
+	type dead struct {
+		base   uint64
+		minute uint64
+	}
+	byTopic := make(map[uint64][]dead)
+	it, err := e.db.NewIter(&pebble.IterOptions{
+		LowerBound: e.keys.key(rowExpiry, uint64(e.swept)), UpperBound: e.keys.key(rowExpiry, uint64(upto)+1)})
+	if err != nil {
+		return nil, 0, fmt.Errorf("engine: reading the expiry index: %w", err)
+	}
+	defer func() { _ = it.Close() }()
+	for it.First(); it.Valid(); it.Next() {
+		min, _ := keyPart(it.Key(), 0)
+		inc, _ := keyPart(it.Key(), 1)
+		base, ok := keyPart(it.Key(), 2)
+		if !ok {
+			return nil, 0, fmt.Errorf("engine: expiry row %x: %w", it.Key(), errMalformed)
+		}
+		byTopic[inc] = append(byTopic[inc], dead{base, min})
+	}
+	if err := it.Error(); err != nil {
+		return nil, 0, fmt.Errorf("engine: reading the expiry index: %w", err)
+	}
+	floors := make(map[uint64]floor)
+	for _, inc := range sortedKeys(byTopic) {
+		set := make(map[uint64]bool, len(byTopic[inc]))
+		for _, d := range byTopic[inc] {
+			set[d.base] = true
+		}
+		e.mu.RLock()
+		t := e.byInc[inc]
+		var old floor
+		if t != nil {
+			old = t.floor
+		}
+		e.mu.RUnlock()
+		if t == nil {
+			continue
+		}
+		f, err := e.raiseFloor(t, old, set, s)
+		if err != nil {
+			return nil, 0, err
+		}
+		if f != old {
+			floors[inc] = f
+			for _, kind := range []byte{rowBlock, rowPayload} {
+				_ = batch.DeleteRange(e.keys.key(kind, inc, old.offset), e.keys.key(kind, inc, f.offset), nil)
+			}
+			_ = batch.DeleteRange(e.keys.key(rowByIndex, inc, old.index), e.keys.key(rowByIndex, inc, f.index), nil)
+			_ = batch.DeleteRange(e.keys.key(rowByStream, inc, old.stream.Ms, old.stream.Seq), e.keys.key(rowByStream, inc, f.stream.Ms, f.stream.Seq), nil)
+			e.put(batch, f.appendRow(nil), rowFloor, inc)
+		}
+		for _, d := range byTopic[inc] {
+			if d.base < f.offset {
+				continue
+			}
+			if err := e.removeBlock(batch, inc, d.base); err != nil {
+				return nil, 0, err
+			}
+		}
+	}
+	if len(byTopic) > 0 {
+		_ = batch.DeleteRange(e.keys.key(rowExpiry, uint64(e.swept)), e.keys.key(rowExpiry, uint64(upto)+1), nil)
+	}
+	e.put(batch, floor{offset: uint64(upto)}.appendRow(nil), rowFloor, 0)
+	return floors, upto, nil
+}
+
+// raiseFloor walks the stored headers of a topic from its floor over those in dead and returns where the
+// first other block begins.
+func (e *Engine) raiseFloor(t *topic, old floor, dead map[uint64]bool, s *state) (floor, error) {
+	it, err := e.db.NewIter(&pebble.IterOptions{LowerBound: e.keys.key(rowBlock, t.inc, old.offset), UpperBound: e.keys.key(rowBlock, t.inc+1)})
+	if err != nil {
+		return old, fmt.Errorf("engine: reading block headers: %w", err)
+	}
+	defer func() { _ = it.Close() }()
+	f := old
+	for it.First(); it.Valid(); it.Next() {
+		base, _ := keyPart(it.Key(), 1)
+		v, err := it.ValueAndErr()
+		if err != nil {
+			return old, fmt.Errorf("engine: reading a block header: %w", err)
+		}
+		b, err := parseBlock(t.inc, base, v)
+		if err != nil {
+			return old, fmt.Errorf("engine: block header at offset %d: %w", base, err)
+		}
+		if !dead[base] || b.index > s.index {
+			if f == old {
+				return old, nil
+			}
+			return floor{offset: base, index: b.index, stream: b.stream}, nil
+		}
+		f = floor{offset: b.end(), index: b.index + 1, stream: b.streamOf(b.count)}
+	}
+	return f, it.Error()
+}
+
+// removeBlock removes the rows of one block.
+func (e *Engine) removeBlock(batch *pebble.Batch, inc, base uint64) error {
+	key := e.keys.key(rowBlock, inc, base)
+	v, closer, err := e.db.Get(key)
+	if err == pebble.ErrNotFound {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("engine: reading a block header: %w", err)
+	}
+	b, err := parseBlock(inc, base, v)
+	_ = closer.Close()
+	if err != nil {
+		return fmt.Errorf("engine: block header at offset %d: %w", base, err)
+	}
+	_ = batch.Delete(key, nil)
+	_ = batch.Delete(e.keys.key(rowPayload, inc, base), nil)
+	_ = batch.Delete(e.keys.key(rowByIndex, inc, b.index), nil)
+	_ = batch.Delete(e.keys.key(rowByStream, inc, b.stream.Ms, b.stream.Seq), nil)
+	return nil
+}
+
+// appendCanonical appends the replicated state in memory in its one form: what has expired is left out.
+func (e *Engine) appendCanonical(b []byte) []byte {
+	now := e.stamp.Cluster
+	b = e.state.appendRest(b)
+	b = binary.AppendUvarint(b, uint64(len(e.intakes)))
+	for _, id := range sortedKeys(e.intakes) {
+		b = binary.AppendUvarint(b, uint64(id))
+		b = appendBytes(b, e.intakes[id].appendRow(nil))
+	}
+	var row []byte
+	b = binary.AppendUvarint(b, uint64(len(e.byInc)))
+	for _, inc := range sortedKeys(e.byInc) {
+		t := e.byInc[inc]
+		b = binary.AppendUvarint(b, inc)
+		row = t.appendRow(row[:0])
+		b = appendBytes(b, row)
+		b = binary.AppendUvarint(b, uint64(len(t.byInc)))
+		for _, ginc := range sortedKeys(t.byInc) {
+			g := t.byInc[ginc]
+			b = binary.AppendUvarint(b, ginc)
+			row = g.appendRow(row[:0])
+			b = appendBytes(b, row)
+			for _, key := range sortedKeys(g.chunks) {
+				if row = g.chunks[key].appendRow(row[:0], now); len(row) > 0 {
+					b = binary.AppendUvarint(b, key+1)
+					b = appendBytes(b, row)
+				}
+			}
+			b = append(b, 0)
+		}
+	}
+	return b
+}

@@ -1,0 +1,103 @@
+package engine
+
+import (
+	"encoding/binary"
+	"fmt"
+
+	"github.com/cespare/xxhash/v2"
+	"github.com/cockroachdb/pebble/v2"
+)
+
+// StateHash returns the applied index and a hash of everything replicas have to agree upon at it: all
+// entries applied so far, and the state in memory. It reads nothing from the store.
+func (e *Engine) StateHash() (index uint64, hash uint64) {
+	e.mu.RLock()
+	defer e.mu.RUnlock()
+	return e.index, xxhash.Sum64(e.appendCanonical(nil))
+}
+
+// FullHash hashes, besides what StateHash does, every stored row that belongs to the state: those of entries
+// up to the applied one whose messages have not all expired. It reads everything and holds Apply up: a
+// means of tests and of diagnosis.
+func (e *Engine) FullHash() (index uint64, hash uint64, err error) {
+	e.dbMu.RLock()
+	defer e.dbMu.RUnlock()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	h := xxhash.New()
+	_, _ = h.Write(e.appendCanonical(nil))
+	add := func(b []byte) {
+		_, _ = h.Write(binary.AppendUvarint(nil, uint64(len(b))))
+		_, _ = h.Write(b)
+	}
+	err = e.logicalRows(func(key, value []byte) error {
+		add(key)
+		add(value)
+		return nil
+	})
+	return e.index, h.Sum64(), err
+}
+
+// logicalRows visits the stored rows of all live blocks, with the rows that lead to them, and checks that
+// they agree.
+func (e *Engine) logicalRows(visit func(key, value []byte) error) error {
+	now := e.stamp.Cluster
+	get := func(kind byte, parts ...uint64) ([]byte, []byte, error) {
+		key := e.keys.key(kind, parts...)
+		v, closer, err := e.db.Get(key)
+		if err != nil {
+			return nil, nil, fmt.Errorf("engine: row %x: %w", key, err)
+		}
+		v = append([]byte(nil), v...)
+		return key, v, closer.Close()
+	}
+	for _, inc := range sortedKeys(e.byInc) {
+		t := e.byInc[inc]
+		it, err := e.db.NewIter(&pebble.IterOptions{LowerBound: e.keys.key(rowBlock, inc), UpperBound: e.keys.key(rowBlock, inc, t.next)})
+		if err != nil {
+			return err
+		}
+		for it.First(); it.Valid(); it.Next() {
+			base, _ := keyPart(it.Key(), 1)
+			v, err := it.ValueAndErr()
+			if err != nil {
+				_ = it.Close()
+				return err
+			}
+			b, err := parseBlock(inc, base, v)
+			if err != nil {
+				_ = it.Close()
+				return err
+			}
+			if b.lastExpiry <= now {
+				continue
+			}
+			err = visit(it.Key(), v)
+			lead := [][]uint64{{rowPayload, inc, base}, {rowByIndex, inc, b.index}, {rowByStream, inc, b.stream.Ms, b.stream.Seq}}
+			if b.lastExpiry != never {
+				lead = append(lead, []uint64{rowExpiry, minuteAfter(b.lastExpiry), inc, base})
+			}
+			for _, l := range lead {
+				if err != nil {
+					break
+				}
+				var key, row []byte
+				if key, row, err = get(byte(l[0]), l[1:]...); err == nil {
+					err = visit(key, row)
+				}
+			}
+			if err != nil {
+				_ = it.Close()
+				return err
+			}
+		}
+		err = it.Error()
+		if cerr := it.Close(); err == nil {
+			err = cerr
+		}
+		if err != nil {
+			return fmt.Errorf("engine: reading topic %q: %w", t.name, err)
+		}
+	}
+	return nil
+}
