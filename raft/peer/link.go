@@ -124,6 +124,9 @@ func (l *Link) Peer() ID { return l.peer }
 func (l *Link) Current() *Conn {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.mu.conn != nil && l.mu.conn.ended() {
+		return nil // the link has not noticed yet
+	}
 	return l.mu.conn
 }
 
@@ -137,7 +140,7 @@ func (l *Link) Conn(ctx context.Context) (*Conn, error) {
 		if gone != nil {
 			return nil, gone
 		}
-		if conn != nil {
+		if conn != nil && !conn.ended() {
 			return conn, nil
 		}
 		select {

@@ -628,6 +628,8 @@ func (m *Mesh) serve(nc net.Conn) {
 	s := &Session{wire: w, mesh: m, purpose: h.Purpose, remote: Remote{
 		ID: h.ID, Zone: h.Zone, Cluster: h.Cluster, Address: nc.RemoteAddr().String(), Version: version,
 	}}
+	s.ctx, s.cancel = context.WithCancel(m.ctx)
+	w.onEnd = s.cancel
 	if h.Purpose != Introduction {
 		w.also.Store(m.hearing(h.ID))
 		m.wake(h.ID)

@@ -28,6 +28,8 @@ type Session struct {
 	mesh    *Mesh
 	remote  Remote
 	purpose Purpose
+	ctx     context.Context // ends with the connection
+	cancel  context.CancelFunc
 
 	mu struct {
 		sync.Mutex
@@ -43,6 +45,9 @@ func (s *Session) Purpose() Purpose { return s.purpose }
 
 // Done is closed when the connection has ended: nobody waits for answers any more.
 func (s *Session) Done() <-chan struct{} { return s.done }
+
+// Context ends with the connection.
+func (s *Session) Context() context.Context { return s.ctx }
 
 // Close ends the connection and says why in the log: what arrived on it cannot be trusted.
 func (s *Session) Close(reason error) { s.end(reason) }
@@ -93,15 +98,8 @@ func (s *Session) readLoop() {
 		}
 		if err != nil {
 			s.end(err)
-			break
+			return
 		}
-	}
-	s.mu.Lock()
-	forwarded := s.mu.forwarded
-	s.mu.forwarded = nil
-	s.mu.Unlock()
-	for _, cancel := range forwarded {
-		cancel()
 	}
 }
 
@@ -110,7 +108,7 @@ func (s *Session) dispatch(f frame) error {
 	case f.kind == kindPing:
 		return s.send(kindPong, flagReply, 0, f.request, nil)
 	case f.kind == kindCancel:
-		s.cancel(f.request)
+		s.abandon(f.request)
 		return nil
 	case f.kind == kindRefuse:
 		if e, ok := decodeRefusal(f.body); ok {
@@ -162,7 +160,7 @@ func (s *Session) forward(r *Request) {
 		r.Fail(CodeBusy, "too many forwarded requests")
 		return
 	}
-	ctx, cancel := context.WithCancel(m.ctx)
+	ctx, cancel := context.WithCancel(s.ctx)
 	s.mu.Lock()
 	if s.mu.forwarded == nil {
 		s.mu.forwarded = make(map[uint64]context.CancelFunc)
@@ -195,8 +193,8 @@ func (s *Session) forward(r *Request) {
 	}()
 }
 
-// cancel ends the context of a forwarded request whose asker no longer waits.
-func (s *Session) cancel(number uint64) {
+// abandon ends the context of a forwarded request whose asker no longer waits.
+func (s *Session) abandon(number uint64) {
 	s.mu.Lock()
 	cancel := s.mu.forwarded[number]
 	s.mu.Unlock()

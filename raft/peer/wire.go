@@ -38,8 +38,9 @@ type wire struct {
 	// vectored tells whether nc takes a list of buffers in one system call.
 	vectored bool
 
-	// done is closed when the connection has ended; err is set before.
-	done chan struct{}
+	// done is closed when the connection has ended; err is set before, and onEnd, if not nil, called after.
+	done  chan struct{}
+	onEnd func()
 
 	// heard is when bytes last arrived, in nanoseconds since the mesh was made. clock reads that time.
 	heard atomic.Int64
@@ -217,6 +218,9 @@ func (w *wire) end(err error) {
 	w.mu.Unlock()
 	_ = w.nc.Close() // the connection is given up either way
 	close(w.done)
+	if w.onEnd != nil {
+		w.onEnd()
+	}
 }
 
 // endAfter closes the connection for the reason given once everything queued is written.
@@ -228,6 +232,16 @@ func (w *wire) endAfter(err error) {
 	}
 	w.mu.drain = true
 	w.mu.cond.Broadcast()
+}
+
+// ended tells whether the connection has ended.
+func (w *wire) ended() bool {
+	select {
+	case <-w.done:
+		return true
+	default:
+		return false
+	}
 }
 
 // reason returns why the connection ended.
