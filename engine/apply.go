@@ -201,7 +201,7 @@ func compare[T ~string](a, b T) int {
 
 // closeSilent closes the intakes that have not been heard of for too long.
 func (e *Engine) closeSilent() {
-	for id, in := range e.intakes { // the order does not matter: closing one has no effect on another
+	for id, in := range e.intakes { // I10: closing one has no effect on another, so the order does not show
 		if e.stamp.Cluster-in.heard > int64(limits.IntakeSilenceMax/time.Millisecond) {
 			e.closeIntake(id)
 		}
@@ -237,7 +237,7 @@ func (e *Engine) command(cmd []byte, at uint32, res *Result) error {
 	case CmdReceiveID:
 		return e.applyReceiveID(&r, res)
 	case CmdSettle:
-		e.applySettle(&r, res)
+		return e.applySettle(&r, res)
 	case CmdShrink:
 		e.applyShrink(&r, res)
 	case CmdExpand:
@@ -623,6 +623,9 @@ func (e *Engine) applyReceive(r *reader, res *Result) error {
 		ds = append(ds, e.delivery(b, i, g, l))
 	}
 	e.scratch = ds[:0]
+	if g.parked {
+		e.look(g) // what was granted now has deadlines that whoever waits has to know
+	}
 	if len(ds) > 0 {
 		res.Deliveries = slices.Clone(ds)
 		e.dirtRough.Add(int64(48 * len(ds)))
@@ -715,20 +718,23 @@ func (e *Engine) applyReceiveID(r *reader, res *Result) error {
 	}
 	res.Code = errs.OK
 	res.Deliveries = []Delivery{e.delivery(b, i, g, l)}
+	if g.parked {
+		e.look(g)
+	}
 	e.dirtRough.Add(48)
 	return nil
 }
 
-func (e *Engine) applySettle(r *reader, res *Result) {
+func (e *Engine) applySettle(r *reader, res *Result) error {
 	var v settleView
 	v.parse(r)
 	switch {
 	case r.bad || v.count == 0 || v.op != Acknowledge && v.op != Extend:
 		res.Code = errs.BadRequest
-		return
+		return nil
 	case len(v.deployment) > 0:
 		res.Code = errs.Unsupported
-		return
+		return nil
 	}
 	at := *r
 	for range v.count {
@@ -736,7 +742,7 @@ func (e *Engine) applySettle(r *reader, res *Result) {
 	}
 	if at.err() != nil {
 		res.Code = errs.BadRequest
-		return
+		return nil
 	}
 	var g *group
 	if t := e.topics[string(v.topic)]; t != nil {
@@ -752,45 +758,49 @@ func (e *Engine) applySettle(r *reader, res *Result) {
 			res.Codes[i] = errs.MessageNotFound
 			continue
 		}
-		res.Codes[i] = e.settle(g, rc, &v, res)
+		code, err := e.settle(g, rc, &v, res)
+		if err != nil {
+			return err
+		}
+		res.Codes[i] = code
 	}
 	e.dirtRough.Add(int64(24 * len(res.Codes)))
 	if g != nil && g.parked {
 		e.look(g)
 	}
+	return nil
 }
 
-func (e *Engine) settle(g *group, rc Receipt, v *settleView, res *Result) errs.Code {
+func (e *Engine) settle(g *group, rc Receipt, v *settleView, res *Result) (errs.Code, error) {
 	now := e.stamp.Cluster
 	if rc.Epoch == 0 {
-		return errs.LeaseExpired
+		return errs.LeaseExpired, nil
 	}
 	l := g.find(rc.Offset)
 	switch {
 	case l == nil || l.state == settledAhead:
-		return errs.MessageNotFound
+		return errs.MessageNotFound, nil
 	case l.epoch != rc.Epoch:
-		return errs.NotHolder
+		return errs.NotHolder, nil
 	case l.state == released:
-		return errs.NotInFlight
+		return errs.NotInFlight, nil
 	case l.deadline <= now:
-		return errs.LeaseExpired
-	}
-	if v.op == Acknowledge {
+		return errs.LeaseExpired, nil
+	case v.op == Acknowledge:
 		g.acknowledge(rc.Offset, l)
-		return errs.OK
-	}
-	if v.visibility == 0 {
+	case v.visibility == 0:
 		g.release(rc.Offset, l, now)
-		return errs.OK
+	case l.expiry != never && now+v.visibility > l.expiry:
+		b, i, err := e.blockAt(g.topic, g.cur, rc.Offset)
+		if err != nil {
+			return errs.OK, err
+		}
+		res.ExpiresAt = b.wallExpiry(i)
+		return errs.ExtendPastExpiry, nil
+	default:
+		g.extend(rc.Offset, l, now+v.visibility)
 	}
-	if l.expiry != never && now+v.visibility > l.expiry {
-		// The wall expiry differs from the cluster expiry by what the two clocks differ by now.
-		res.ExpiresAt = e.stamp.Wall + l.expiry - now
-		return errs.ExtendPastExpiry
-	}
-	g.extend(rc.Offset, l, now+v.visibility)
-	return errs.OK
+	return errs.OK, nil
 }
 
 // park notes that receives wait for the group on this node.
@@ -852,8 +862,7 @@ func (e *Engine) report() error {
 		if ok {
 			e.fx.Deliverable = append(e.fx.Deliverable, ref)
 		}
-		before := g.armed
-		if at := g.earliest(); at > now && e.arm(g, at) && before != never {
+		if at := g.earliest(); at > now && e.arm(g, at) {
 			e.fx.Due = append(e.fx.Due, ref)
 		}
 	}

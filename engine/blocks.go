@@ -258,6 +258,7 @@ func (e *Engine) blockFor(t *topic, off uint64) (*block, error) {
 // that everything below has expired; only apply, whose now is the entry's stamp, may.
 func (e *Engine) firstLive(t *topic, hint *block, off uint64, now int64, advance bool) (*block, uint32, error) {
 	off = max(off, t.gone)
+	dead := advance && off == t.gone // everything below off has expired
 	for off < t.next || e.breakVisibility {
 		b := hint
 		if b == nil || off < b.base || off >= b.end() {
@@ -275,8 +276,9 @@ func (e *Engine) firstLive(t *topic, hint *block, off uint64, now int64, advance
 					return b, i, nil
 				}
 			}
-		} else if advance && b.base <= t.gone && b != t.open {
-			t.gone = max(t.gone, b.end())
+			dead = false // not all of the block is behind us for good: off may lie within it
+		} else if dead && b != t.open {
+			t.gone = b.end()
 		}
 		off = b.end()
 	}

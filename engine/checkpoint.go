@@ -237,7 +237,7 @@ func (e *Engine) raiseFloor(t *topic, old floor, dead map[uint64]bool, s *state)
 			}
 			return floor{offset: base, index: b.index, stream: b.stream}, nil
 		}
-		f = floor{offset: b.end(), index: b.index + 1, stream: b.streamOf(b.count)}
+		f = floor{offset: b.end(), index: b.index + 1, stream: b.streamOf(b.count - 1).next()}
 	}
 	return f, it.Error()
 }

@@ -218,10 +218,13 @@ func (e *Engine) NeedsCheckpoint() bool {
 	return e.logBytes.Load() >= e.o.CheckpointLogBytes || e.dirtRough.Load() >= e.o.CheckpointDirtyBytes
 }
 
-// Metrics returns the store's own figures as Pebble prints them.
+// Metrics returns the store's own figures as Pebble keeps them, nil once it is closed.
 func (e *Engine) Metrics() *pebble.Metrics {
 	e.dbMu.RLock()
 	defer e.dbMu.RUnlock()
+	if e.db == nil {
+		return nil
+	}
 	return e.db.Metrics()
 }
 
@@ -332,7 +335,7 @@ func (e *Engine) load() error {
 		if inc == 0 {
 			e.swept = int64(f.offset)
 		} else if t := e.byInc[inc]; t != nil {
-			t.floor = f
+			t.floor, t.gone = f, f.offset
 		}
 		return nil
 	})

@@ -11,52 +11,6 @@ import (
 	"tercet.dev/tercet/internal/errs"
 )
 
-// log is a replicated log of one's own: it builds entries and applies them.
-type testLog struct {
-	t     testing.TB
-	e     *Engine
-	index uint64
-	now   Stamp
-	fx    Effects
-}
-
-func openTest(t testing.TB, o Options) *testLog {
-	t.Helper()
-	if o.FS == nil {
-		o.FS = vfs.NewMem()
-	}
-	if o.Dir == "" {
-		o.Dir = "engine"
-	}
-	e, err := Open(o)
-	if err != nil {
-		t.Fatal(err)
-	}
-	l := &testLog{t: t, e: e, now: Stamp{Cluster: 1_000_000, Wall: 1_700_000_000_000}}
-	l.index, _ = e.Applied()
-	return l
-}
-
-func (l *testLog) apply(cmds ...Command) []Result {
-	l.t.Helper()
-	var eb EntryBuilder
-	eb.Reset(1, l.now, 0)
-	for _, c := range cmds {
-		eb.Add(0, 0, 0, c.AppendTo(nil))
-	}
-	l.index++
-	res, err := l.e.Apply(l.index, 1, eb.Bytes(), nil, &l.fx)
-	if err != nil {
-		l.t.Fatal(err)
-	}
-	return res
-}
-
-func (l *testLog) pass(d time.Duration) {
-	l.now.Cluster += d.Milliseconds()
-	l.now.Wall += d.Milliseconds()
-}
-
 func TestPublishReceiveAcknowledge(t *testing.T) {
 	for _, recent := range []int64{0, -1} {
 		t.Run(fmt.Sprint(recent), func(t *testing.T) {
@@ -98,7 +52,9 @@ func TestPublishReceiveAcknowledge(t *testing.T) {
 			if err := l.e.Close(); err != nil {
 				t.Fatal(err)
 			}
+			now, entries := l.now, l.entries
 			l = openTest(t, Options{FS: fs, RecentBytes: recent})
+			l.now, l.entries = now, entries
 			_, got, err := l.e.FullHash()
 			if err != nil || got != want {
 				t.Fatalf("hash %x, want %x: %v", got, want, err)

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"encoding/binary"
+	"math"
 	"time"
 
 	"tercet.dev/tercet/internal/errs"
@@ -143,6 +144,17 @@ func (r *reader) millis() time.Duration {
 func (id StreamID) append(b []byte) []byte {
 	b = binary.AppendUvarint(b, id.Ms)
 	return binary.AppendUvarint(b, id.Seq)
+}
+
+// next is the lowest ID above id; the highest has none and stays.
+func (id StreamID) next() StreamID {
+	switch {
+	case id.Seq != math.MaxUint64:
+		return StreamID{Ms: id.Ms, Seq: id.Seq + 1}
+	case id.Ms != math.MaxUint64:
+		return StreamID{Ms: id.Ms + 1}
+	}
+	return id
 }
 
 func (r *reader) streamID() StreamID { return StreamID{Ms: r.uvarint(), Seq: r.uvarint()} }
