@@ -95,14 +95,19 @@ func (c *conn) do(ctx context.Context, head, body []byte) (answer, error) {
 	c.c.SetDeadline(time.Now().Add(c.timeout))
 	a, again, err := c.exchange(head, body)
 	if err != nil {
-		c.Close()
-		c.at = (c.at + 1) % len(c.addrs)
+		c.turn()
 		return a, errs.Of(errs.OutcomeUnknown).With(err)
 	}
 	if !again {
 		c.Close()
 	}
 	return a, nil
+}
+
+// turn closes the connection and makes the next request go to the next address.
+func (c *conn) turn() {
+	c.Close()
+	c.at = (c.at + 1) % len(c.addrs)
 }
 
 // exchange reports as again whether the connection can be used for another request.

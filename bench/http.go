@@ -143,6 +143,9 @@ func (p *httpPublisher) Publish(ctx context.Context) (Ack, error) {
 		return Ack{Stamp: p.stamp}, err
 	}
 	if a.status != http.StatusCreated && a.status != http.StatusOK {
+		if a.status == http.StatusServiceUnavailable || a.status == http.StatusTooManyRequests {
+			p.turn() // the next attempt goes elsewhere
+		}
 		return Ack{Stamp: p.stamp}, a.failure()
 	}
 	return Ack{Messages: p.d.Workload.Batch, Zones: a.zones, Stamp: p.stamp}, nil

@@ -317,7 +317,7 @@ func (r *run) publish(ctx context.Context, i int, p Publisher) {
 			r.hooks.Published(i, ack, err)
 		}
 		if err != nil {
-			local.Failed[errs.CodeOf(err).String()]++
+			local.Failed[codeName(err)]++
 			pause(ctx, failurePause)
 			continue
 		}
@@ -348,7 +348,7 @@ func (r *run) consume(ctx context.Context, c Consumer) {
 		received := time.Now()
 		if err != nil || n == 0 {
 			if err != nil && ctx.Err() == nil {
-				local.Failed[errs.CodeOf(err).String()]++
+				local.Failed[codeName(err)]++
 				pause(ctx, failurePause)
 			}
 			continue
@@ -359,7 +359,7 @@ func (r *run) consume(ctx context.Context, c Consumer) {
 		}
 		n, err = c.Settle(ctx)
 		if err != nil && ctx.Err() == nil {
-			local.Failed[errs.CodeOf(err).String()]++
+			local.Failed[codeName(err)]++
 			pause(ctx, failurePause)
 		}
 		r.acknowledged.Add(int64(n))
@@ -392,6 +392,9 @@ func (r *run) add(local *Result) {
 		r.result.Zones[zones] += n
 	}
 }
+
+// codeName is the stable name of an error.
+func codeName(err error) string { return errs.CodeOf(err).String() }
 
 // pause waits without holding up the run's end.
 func pause(ctx context.Context, d time.Duration) {

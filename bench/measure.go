@@ -1,0 +1,199 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"tercet.dev/tercet/wal/disk"
+)
+
+// Plan says how a subject is measured.
+type Plan struct {
+	Workload Workload
+	// ViaHTTP has the publishers be HTTP clients in this process. Otherwise they run inside the leader's.
+	ViaHTTP bool
+	// Spread sends HTTP requests to all nodes in turn instead of the leader alone.
+	Spread bool
+	// Multipart sends batches over HTTP in the standard framing instead of the compact one.
+	Multipart bool
+	// Probe is how long each disk probe takes; 0 for none.
+	Probe time.Duration
+	// Token is the bearer token for HTTP.
+	Token string
+	// Progress is called about once a second while the workload runs.
+	Progress func(published, acknowledged int64)
+	// During is called when the part that counts has begun, on a goroutine of its own; Measure waits for it. It is
+	// told where the leader is, for instance to take a profile.
+	During func(ctx context.Context, leader SubjectNode)
+}
+
+// Measure puts the workload on the subject and reports. The disk is probed before and after, in the same minute.
+func Measure(ctx context.Context, s *Subject, p Plan) (*Report, error) {
+	r := &Report{
+		Variant: s.Variant, At: time.Now(), Machine: ThisMachine(s.Dir), Workload: p.Workload,
+		Via: "leader", EmulatedSync: s.Delay,
+	}
+	if p.ViaHTTP {
+		r.Via = "http"
+	}
+	cluster, err := s.cluster(ctx)
+	if err != nil {
+		return nil, err
+	}
+	leader, ok := s.node(cluster.Leader)
+	if !ok {
+		return nil, fmt.Errorf("the leader %s is none of the given servers", cluster.Leader)
+	}
+	r.Leader, r.Durability, r.InSync = cluster.Leader, cluster.Durability, cluster.InSync
+	if len(cluster.Nodes) > 0 {
+		// Every node of the cluster runs the program that answered, as far as the bench started them.
+		r.Nodes = len(cluster.Nodes)
+	}
+	probes := prober{dir: s.Dir, delay: s.Delay, duration: p.Probe, report: r}
+	if err := probes.fits(ctx, p.Workload, len(s.Nodes)); err != nil {
+		return nil, err
+	}
+	// The log pads each sync to a block, so that this is what a single publisher waits for.
+	if err := probes.run(ctx, disk.BlockSize, 1); err != nil {
+		return nil, err
+	}
+	if err := r.load(ctx, s, p, leader); err != nil {
+		return nil, err
+	}
+	if size := r.SyncBytes; size > 0 {
+		if err := errors.Join(probes.run(ctx, size, 1), probes.run(ctx, size, 3)); err != nil {
+			return nil, err
+		}
+	}
+	r.finish()
+	return r, nil
+}
+
+// load runs the workload and fills in what was counted meanwhile.
+func (r *Report) load(ctx context.Context, s *Subject, p Plan, leader SubjectNode) error {
+	var (
+		before, after map[string]Counters
+		meter         *Meter
+		during        = make(chan struct{})
+	)
+	close(during)
+	hooks := Hooks{
+		Progress: p.Progress,
+		Begin: func() {
+			before = s.counters(ctx)
+			if s.Pids != nil {
+				// Without /proc there is no account; everything else stands.
+				meter, _ = StartMeter(s.Pids())
+			}
+			if p.During != nil {
+				during = make(chan struct{})
+				go func() { defer close(during); p.During(ctx, leader) }()
+			}
+		},
+		End: func() {
+			if meter != nil {
+				if cpu, err := meter.Stop(); err == nil {
+					r.CPU = &cpu
+				}
+			}
+			after = s.counters(ctx)
+		},
+	}
+	var err error
+	if p.ViaHTTP {
+		addrs := []string{leader.HTTP}
+		if p.Spread {
+			addrs = s.httpAddrs()
+		}
+		driver := &HTTPDriver{Addrs: addrs, Workload: p.Workload, Multipart: p.Multipart, Token: p.Token}
+		if err := driver.Prepare(); err != nil {
+			return err
+		}
+		r.Result, err = Run(ctx, p.Workload, driver, hooks)
+	} else {
+		if leader.Endpoint == "" {
+			return errors.New("publishers inside the leader's process need a cluster that the bench started")
+		}
+		r.Result, err = RunRemote(ctx, leader.Endpoint, p.Workload, hooks)
+	}
+	<-during
+	if err != nil {
+		return err
+	}
+	r.Counters = countersSince(after, before)
+	if c := r.Counters[leader.ID]; c.Syncs > 0 {
+		r.SyncBytes = int64(c.SyncBytes / c.Syncs)
+	}
+	return nil
+}
+
+// prober runs the disk probes of one report.
+type prober struct {
+	dir      string
+	delay    time.Duration
+	duration time.Duration
+	report   *Report
+}
+
+// run adds one probe to the report: in the log's mode, over prefilled blocks.
+func (p *prober) run(ctx context.Context, size int64, streams int) error {
+	if p.dir == "" || p.duration <= 0 {
+		return nil
+	}
+	probe, err := Probe(ctx, ProbeOptions{
+		Dir: p.dir, Direct: DirectWorks(p.dir), Prefilled: true, Size: size, Streams: streams,
+		Duration: p.duration, Delay: p.delay,
+	})
+	if err == nil {
+		p.report.Probes = append(p.report.Probes, probe)
+	}
+	return err
+}
+
+// The space a run may need, besides what it publishes: per node the log's prefilled segments, a memtable being
+// written, and files waiting to be deleted.
+const (
+	nodeOverhead = 1 << 30
+	// storedTwice: a payload byte is in the log and in the store.
+	storedTwice = 2
+	// expiryLag is how long expired messages may lie about until a checkpoint removes them.
+	expiryLag = 60 * time.Second
+	// rateGuess is a payload rate that no machine this is made for exceeds, in bytes a second, if no other bound
+	// is known.
+	rateGuess = 200 << 20
+)
+
+// fits refuses a workload whose data would not fit the disk.
+func (p *prober) fits(_ context.Context, w Workload, nodes int) error {
+	if p.dir == "" {
+		return nil
+	}
+	free, err := disk.OS().Free(p.dir)
+	if err != nil {
+		return err
+	}
+	if need := spaceNeeded(w, nodes); need > free {
+		return fmt.Errorf("the run may need %s in %s, where %s are free; shorten --duration or lower --rate",
+			FormatBytes(need), p.dir, FormatBytes(free))
+	}
+	return nil
+}
+
+// spaceNeeded bounds the space that a workload takes on a disk shared by so many nodes.
+func spaceNeeded(w Workload, nodes int) int64 {
+	const perMessage = 64 // encoding
+	message := float64(w.Size + perMessage)
+	var payload float64
+	switch alive := min(w.Warmup+w.Duration, w.Retention+expiryLag).Seconds(); {
+	case w.Publishers == 0:
+	case w.Messages > 0:
+		payload = float64(w.Messages) * message
+	case w.Rate > 0:
+		payload = w.Rate * message * alive
+	default:
+		payload = rateGuess * alive
+	}
+	return int64(float64(nodes) * (payload*storedTwice + nodeOverhead))
+}
