@@ -108,9 +108,7 @@ func (d *HTTPDriver) authorization() string {
 func (d *HTTPDriver) Publisher(i int) (Publisher, error) {
 	p := &httpPublisher{
 		conn: newConn(d.Addrs, i, d.Timeout), d: d, stamp: Stamp{Publisher: uint32(i)},
-		// A stride that shares no factor with the pool's size visits all of it, each publisher in an order of
-		// its own.
-		next: i * 31,
+		next: i * len(d.pool) / d.Workload.Publishers, // far from what the others send at the moment
 	}
 	if d.Workload.Stamped {
 		p.own = bytes.Clone(d.pool[i%len(d.pool)].body)

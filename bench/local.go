@@ -51,7 +51,7 @@ func (d *NodeDriver) command(body func() []byte) []byte {
 
 // Publisher implements Driver.
 func (d *NodeDriver) Publisher(i int) (Publisher, error) {
-	p := &nodePublisher{d: d, next: i * 31, stamp: Stamp{Publisher: uint32(i)}}
+	p := &nodePublisher{d: d, next: i * len(d.commands) / d.Workload.Publishers, stamp: Stamp{Publisher: uint32(i)}}
 	if d.Workload.AllZones {
 		p.require = raft.AllZones
 	}

@@ -38,12 +38,15 @@ func Measure(ctx context.Context, s *Subject, p Plan) (*Report, error) {
 	if p.ViaHTTP {
 		r.Via = "http"
 	}
+	if err := s.identify(ctx); err != nil {
+		return nil, err
+	}
 	cluster, err := s.cluster(ctx)
 	if err != nil {
 		return nil, err
 	}
 	leader, ok := s.node(cluster.Leader)
-	if !ok {
+	if !ok && !p.Spread {
 		return nil, fmt.Errorf("the leader %s is none of the given servers", cluster.Leader)
 	}
 	r.Leader, r.Durability, r.InSync = cluster.Leader, cluster.Durability, cluster.InSync
@@ -52,8 +55,10 @@ func Measure(ctx context.Context, s *Subject, p Plan) (*Report, error) {
 		r.Nodes = len(cluster.Nodes)
 	}
 	probes := prober{dir: s.Dir, delay: s.Delay, duration: p.Probe, report: r}
-	if err := probes.fits(ctx, p.Workload, len(s.Nodes)); err != nil {
-		return nil, err
+	if s.Dir != "" {
+		if err := Fits(s.Dir, p.Workload, len(s.Nodes)); err != nil {
+			return nil, err
+		}
 	}
 	// The log pads each sync to a block, so that this is what a single publisher waits for.
 	if err := probes.run(ctx, disk.BlockSize, 1); err != nil {
@@ -165,18 +170,15 @@ const (
 	rateGuess = 200 << 20
 )
 
-// fits refuses a workload whose data would not fit the disk.
-func (p *prober) fits(_ context.Context, w Workload, nodes int) error {
-	if p.dir == "" {
-		return nil
-	}
-	free, err := disk.OS().Free(p.dir)
+// Fits refuses a workload whose data would not fit the disk that holds the data of so many nodes in dir.
+func Fits(dir string, w Workload, nodes int) error {
+	free, err := disk.OS().Free(dir)
 	if err != nil {
 		return err
 	}
 	if need := spaceNeeded(w, nodes); need > free {
-		return fmt.Errorf("the run may need %s in %s, where %s are free; shorten --duration or lower --rate",
-			FormatBytes(need), p.dir, FormatBytes(free))
+		return fmt.Errorf("the run may need %s in %s, where %s are free; make it shorter, slower or smaller",
+			FormatBytes(need), dir, FormatBytes(free))
 	}
 	return nil
 }

@@ -3,8 +3,10 @@ package bench
 import (
 	"context"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
+	"text/tabwriter"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -179,4 +181,20 @@ func probeStream(ctx context.Context, f disk.File, body []byte, span int64, dead
 		}
 	}
 	return n, ctx.Err()
+}
+
+// ProbeTable writes results as a table.
+func ProbeTable(w io.Writer, results []ProbeResult) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(t, "size\tstreams\tmode\tblocks\tp50 ms\tp99 ms\tmax ms\tsyncs/s a stream\tbytes/s a stream\tCPU µs a sync\t")
+	for _, r := range results {
+		blocks := "prefilled"
+		if !r.Prefilled {
+			blocks = "growing"
+		}
+		fmt.Fprintf(t, "%s\t%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%.0f\t\n", FormatBytes(r.Size), r.Streams, r.Mode, blocks,
+			formatMillis(r.Sync.P50), formatMillis(r.Sync.P99), formatMillis(r.Sync.Max), FormatCount(r.SyncsPerSecond),
+			FormatBytes(int64(r.BytesPerSecond)), r.CPUPerSync)
+	}
+	return t.Flush()
 }

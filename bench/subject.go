@@ -59,6 +59,22 @@ func (s *Subject) node(id string) (SubjectNode, bool) {
 	return SubjectNode{}, false
 }
 
+// identify asks the servers whose id is not known for it.
+func (s *Subject) identify(ctx context.Context) error {
+	for i := range s.Nodes {
+		n := &s.Nodes[i]
+		if n.ID != "" {
+			continue
+		}
+		var doc wire.Node
+		if err := getJSON(ctx, n.HTTP, "/v1/node", &doc); err != nil {
+			return err
+		}
+		n.ID = doc.ID
+	}
+	return nil
+}
+
 // administration is the client for everything but load.
 var administration = &http.Client{
 	Timeout: 2 * time.Second, Transport: &http.Transport{DisableKeepAlives: true},

@@ -238,6 +238,7 @@ func (r *run) all(parent context.Context, workers []worker) error {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	var next <-chan time.Time
+	complete := false
 	if r.w.Messages == 0 {
 		next = time.After(r.w.Warmup)
 	}
@@ -255,16 +256,16 @@ func (r *run) all(parent context.Context, workers []worker) error {
 				continue
 			}
 			r.finish(began)
-			next = nil
+			complete, next = true, nil
 			cancel()
 		case <-stopped:
 			if r.phase.Load() == counting {
 				r.finish(began)
 			}
-			if r.phase.Load() != over || r.w.Messages > 0 && !r.done() {
-				return parent.Err()
+			if complete || r.w.Messages > 0 && r.done() {
+				return nil
 			}
-			return nil
+			return parent.Err()
 		}
 	}
 }
