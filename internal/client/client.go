@@ -196,7 +196,7 @@ func (c *Client) do(ctx context.Context, q request) (res *http.Response, unknown
 		}
 		again := e.transient() || e.Outcome == errs.Unknown && q.repeatable
 		if !again || q.only || ctx.Err() != nil || c.patience < 0 {
-			return nil, unknown, c.final(e, unknown, q)
+			return nil, unknown, final(e, unknown)
 		}
 		// Whoever fails first moves everybody on to the next server.
 		c.current.CompareAndSwap(at, at+1)
@@ -206,21 +206,21 @@ func (c *Client) do(ctx context.Context, q request) (res *http.Response, unknown
 		pause := min(max(e.RetryAfter, 100*time.Millisecond), pauseMax)
 		pause += time.Duration(rand.Int64N(int64(pause)/4 + 1))
 		if time.Since(begun)+pause > c.patience {
-			return nil, unknown, c.final(e, unknown, q)
+			return nil, unknown, final(e, unknown)
 		}
 		timer := time.NewTimer(pause)
 		select {
 		case <-timer.C:
 		case <-ctx.Done():
 			timer.Stop()
-			return nil, unknown, c.final(e, unknown, q)
+			return nil, unknown, final(e, unknown)
 		}
 	}
 }
 
 // final is the error of a request that is given up: what an earlier attempt left open stays open.
-func (c *Client) final(e *Error, unknown bool, q request) *Error {
-	if unknown && e.Outcome == errs.None && e.Status < 300 || unknown && e.transient() {
+func final(e *Error, unknown bool) *Error {
+	if unknown && e.transient() {
 		e.Outcome = errs.Unknown
 	}
 	return e
