@@ -7,6 +7,6 @@ import (
 )
 
 func TestBadInput(t *testing.T) {
-	_, url := start(t, Options{Backend: &fakeBackend{}})
+	_, url := start(t, Options{Backend: newSingle(t)})
 	servertest.BadInput(t, servertest.Target{URL: url})
 }

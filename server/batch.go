@@ -301,9 +301,14 @@ func (b *batch) parseMultipart(data []byte, boundary string) *errs.Error {
 				return malformed("the body ends before the last delimiter")
 			}
 			part, from = data[:from+i], from+i+len(delimiter)
-			if rest := data[from:]; bytes.HasPrefix(rest, []byte("\r\n")) || bytes.HasPrefix(rest, []byte("--")) {
+			rest := data[from:]
+			if bytes.HasPrefix(rest, []byte("\r\n")) || bytes.HasPrefix(rest, []byte("--")) {
 				data = rest
 				break
+			}
+			if len(rest) > 0 && strings.IndexByte(" \t\r\n-", rest[0]) >= 0 {
+				// A delimiter to some readers and content to others.
+				return malformed("no line end behind the delimiter")
 			}
 		}
 		head, body, ok := bytes.Cut(part, []byte("\r\n\r\n"))
@@ -312,6 +317,10 @@ func (b *batch) parseMultipart(data []byte, boundary string) *errs.Error {
 		}
 		if len(head) >= 2 {
 			head = head[2:]
+		}
+		if bytes.Count(head, []byte("\n")) != bytes.Count(head, []byte("\r\n")) {
+			// Some readers take a line feed alone for the end of a line, and find the end of the head elsewhere.
+			return malformed("a header line that does not end in CR LF")
 		}
 		if e := b.add(head, body); e != nil {
 			return e

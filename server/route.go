@@ -161,7 +161,7 @@ func (s *Server) checkHost(r *http.Request) *errs.Error {
 
 // normalHost cuts the port and a final dot, and the brackets of an IPv6 literal.
 func normalHost(host string) string {
-	if i := strings.LastIndexByte(host, ':'); i >= 0 && (host[0] == '[' || strings.IndexByte(host, ':') == i) {
+	if i := strings.LastIndexByte(host, ':'); i >= 0 && (strings.HasSuffix(host[:i], "]") || strings.IndexByte(host, ':') == i) {
 		host = host[:i]
 	}
 	if len(host) > 1 && host[0] == '[' && host[len(host)-1] == ']' {

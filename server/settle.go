@@ -75,6 +75,10 @@ func (x *exchange) settle(s engine.Settle) *errs.Error {
 	if err != nil {
 		return errs.From(err)
 	}
+	if receipt.Epoch == 0 {
+		// A peek's handle: it never held anything (decision D10).
+		return errs.Of(errs.LeaseExpired)
+	}
 	s.Topic, s.Group = x.topic, x.group
 	receipts := [1]engine.Receipt{receipt}
 	s.Receipts = receipts[:]
