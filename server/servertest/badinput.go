@@ -314,7 +314,7 @@ func BadInput(t *testing.T, target Target) {
 	}
 	t.Run("receipts", func(t *testing.T) { receipts(t, target, topic) })
 	if target.Slow {
-		t.Run("slow", func(t *testing.T) { slow(t, host, topic) })
+		t.Run("slow", func(t *testing.T) { Slow(t, target) })
 	}
 	t.Run("nothing stored", func(t *testing.T) {
 		res := request(t, target, "POST", "/api/v3/topic/"+topic+"/consumer/after", "", accept)
@@ -515,8 +515,10 @@ func receipts(t *testing.T, target Target, topic string) {
 	}
 }
 
-// slow runs clients that take their time. All of them must be let go by the server.
-func slow(t *testing.T, host, topic string) {
+// Slow runs clients that take their time. The server must let go of all of them.
+func Slow(t *testing.T, target Target) {
+	t.Helper()
+	host, topic := hostOf(t, target), "slow-clients"
 	for name, c := range map[string]struct {
 		begin string
 		more  string // sent again and again
