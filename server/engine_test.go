@@ -84,4 +84,6 @@ func (b *single) Propose(ctx context.Context, p raft.Proposal) (raft.Reply, erro
 	}
 }
 
-func (b *single) Query(ctx context.Context, q engine.Query) (engine.Answer, error) { return b.e.Query(q) }
+func (b *single) Query(ctx context.Context, q engine.Query) (engine.Answer, error) {
+	return b.e.Query(q)
+}

@@ -114,7 +114,9 @@ func TestRefusalBodies(t *testing.T) {
 		{"DELETE", "/consumer/g/lease/RECEIPT", "", engine.Result{Codes: []errs.Code{errs.NotHolder}}},
 		{"PATCH", "/consumer/g/lease/RECEIPT", `{"visibilityTimeoutSeconds":60}`, engine.Result{Codes: []errs.Code{errs.ExtendPastExpiry}, ExpiresAt: 1767225600123}},
 	} {
-		backend := &fakeBackend{propose: func(ctx context.Context, p raft.Proposal) (raft.Reply, error) { return raft.Reply{Result: r.result}, nil }}
+		backend := &fakeBackend{propose: func(ctx context.Context, p raft.Proposal) (raft.Reply, error) {
+			return raft.Reply{Result: r.result}, nil
+		}}
 		sealer := engine.NewSealer(fakeSecret)
 		path := strings.NewReplacer("ID", sealer.MessageID(engine.MessageID{Index: 8, Kind: engine.KindPlain}), "RECEIPT", sealer.Receipt(engine.Receipt{Topic: 1, Group: 1, Epoch: 1})).Replace(r.path)
 		res := record(t, backend, r.method, "/api/v3/topic/orders"+path, []byte(r.body), "Accept", wire.MediaMultipart, wire.HeaderMaxConcurrency, "7")

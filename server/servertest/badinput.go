@@ -72,7 +72,9 @@ const (
 // rows returns the table. Every row stores nothing.
 func rows() []row {
 	var t []row
-	add := func(name, raw, code string, status ...int) { t = append(t, row{name: name, raw: raw, status: status, code: code}) }
+	add := func(name, raw, code string, status ...int) {
+		t = append(t, row{name: name, raw: raw, status: status, code: code})
+	}
 
 	// Names. What would be another path's segment is an unknown path.
 	long := strings.Repeat("a", limits.NameBytesMax+1)
