@@ -172,6 +172,7 @@ func (w *WAL) landed(b *batch) {
 	b.buf = nil
 	w.wake()
 	if len(freed) > 0 {
+		w.freed.Add(int64(len(freed)))
 		w.keeper.free(freed)
 	}
 }
@@ -188,6 +189,7 @@ func (s *Shard) relocate(m move) {
 		return
 	}
 	*loc = m.to
+	s.w.rewritten.Add(1)
 	m.from.seg.live--
 	m.from.seg.liveBytes -= int64(m.from.size)
 	m.to.seg.live++

@@ -421,7 +421,8 @@ func (k *keeper) rewrite() (bool, error) {
 		return false, nil
 	}
 	front := w.segs[0]
-	if front.live == 0 || front.liveBytes > w.opts.SegmentSize/rewriteShare {
+	// Once a batch of the segment after it is durable, all of it is.
+	if front.live == 0 || front.liveBytes > w.opts.SegmentSize/rewriteShare || w.segs[1].synced.Load() == 0 {
 		w.mu.Unlock()
 		return false, nil
 	}

@@ -177,7 +177,7 @@ type WAL struct {
 	chunks   chunkCache
 	recovery Recovery
 
-	syncs, syncedBytes, rotations, rotationWaits, markers, diskReads atomic.Int64
+	syncs, syncedBytes, rotations, rotationWaits, markers, diskReads, freed, rewritten atomic.Int64
 }
 
 type fatalError struct{ err error }
@@ -398,6 +398,8 @@ type Stats struct {
 	Syncs, SyncedBytes, Markers int64
 	// Rotations counts segments begun, RotationWaits how often the next one was not ready.
 	Rotations, RotationWaits int64
+	// Freed counts segments that the log no longer needed, Rewritten the entries moved out of old segments for that.
+	Freed, Rewritten int64
 	// RingBytes is what the recent entries in memory take; DiskReads counts reads of entries from disk.
 	RingBytes, DiskReads int64
 }
@@ -409,6 +411,7 @@ func (w *WAL) Stats() Stats {
 		Direct: w.mode == disk.Direct, Pool: pool, Bytes: poolBytes,
 		Syncs: w.syncs.Load(), SyncedBytes: w.syncedBytes.Load(), Markers: w.markers.Load(),
 		Rotations: w.rotations.Load(), RotationWaits: w.rotationWaits.Load(), DiskReads: w.diskReads.Load(),
+		Freed: w.freed.Load(), Rewritten: w.rewritten.Load(),
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
