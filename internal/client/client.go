@@ -8,6 +8,7 @@ package client
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -273,6 +274,7 @@ func errorOf(res *http.Response, server string) *Error {
 	data, _ := io.ReadAll(io.LimitReader(res.Body, errorBytesMax))
 	if json.Unmarshal(data, &e.Body) == nil {
 		e.Code, e.Message, e.Hint, e.Outcome = e.Body.Code, e.Body.Error, e.Body.Hint, errs.Outcome(e.Body.Outcome)
+		e.RequestID = cmp.Or(e.RequestID, e.Body.RequestID)
 	}
 	if e.Outcome == "" {
 		// A 4xx means "did not happen", from whoever it comes.
