@@ -7,7 +7,7 @@ import "time"
 
 // Names.
 const (
-	// NameBytesMax bounds a topic or consumer group name on the queue protocol (decision D1 of the protocol page).
+	// NameBytesMax bounds a topic, consumer group or deployment name on the queue protocol.
 	NameBytesMax = 256
 	// KeyBytesMax bounds any topic name inside the engine: a Valkey key may be longer than a queue name.
 	KeyBytesMax = 16 << 10
@@ -33,11 +33,16 @@ const (
 
 // Times.
 const (
-	RetentionMin     = 60 * time.Second
-	RetentionMax     = 7 * 24 * time.Hour
+	// RetentionMin is the shortest retention of a message.
+	RetentionMin = 60 * time.Second
+	// RetentionMax is the longest retention of a message.
+	RetentionMax = 7 * 24 * time.Hour
+	// RetentionDefault is the retention of a message that names none.
 	RetentionDefault = 24 * time.Hour
-	DelayMax         = 7 * 24 * time.Hour
-	VisibilityMax    = time.Hour
+	// DelayMax bounds a message's delay, which is never longer than its retention either.
+	DelayMax = 7 * 24 * time.Hour
+	// VisibilityMax bounds a lease, and each extension of one, counted from the request.
+	VisibilityMax = time.Hour
 	// VisibilityDefault is the lease of a receive that names none.
 	VisibilityDefault = 60 * time.Second
 	// WaitMax bounds a long poll.
@@ -54,9 +59,10 @@ const (
 	FrameBytesMax = 8 << 20
 	// WALRecordBytesMax bounds one record of the write-ahead log.
 	WALRecordBytesMax = 8 << 20
-	// UnsyncedBytesMax and UnsyncedAgeMax are where the coalescer stops proposing.
+	// UnsyncedBytesMax is how much unsynced data makes the coalescer stop proposing.
 	UnsyncedBytesMax = 32 << 20
-	UnsyncedAgeMax   = 500 * time.Millisecond
+	// UnsyncedAgeMax is how old unsynced data makes the coalescer stop proposing.
+	UnsyncedAgeMax = 500 * time.Millisecond
 	// StallMax is the age of unsynced data after which a node withholds heartbeats and closes for service.
 	StallMax = 2 * time.Second
 	// IntakeSilenceMax of cluster time closes an intake.
