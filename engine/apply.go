@@ -638,7 +638,7 @@ func (e *Engine) applyReceive(r *reader, res *Result) error {
 		res.Code, res.Inflight = errs.UnsettledLimit, g.inflight
 	}
 	if res.Code != errs.OK {
-		if at := g.earliest(); at != never {
+		if at := g.nextEvent(); at != never {
 			res.RetryAfter = time.Duration(max(at-now, 0)) * time.Millisecond
 		}
 	}
@@ -812,7 +812,8 @@ func (e *Engine) park(g *group) {
 	if e.applying {
 		e.look(g)
 	} else {
-		e.arm(g, g.earliest())
+		g.fold(e.stamp.Cluster, math.MaxInt)
+		e.arm(g, g.nextEvent())
 	}
 }
 
@@ -862,7 +863,7 @@ func (e *Engine) report() error {
 		if ok {
 			e.fx.Deliverable = append(e.fx.Deliverable, ref)
 		}
-		if at := g.earliest(); at > now && e.arm(g, at) {
+		if e.arm(g, g.nextEvent()) {
 			e.fx.Due = append(e.fx.Due, ref)
 		}
 	}
@@ -888,7 +889,8 @@ func (e *Engine) deliverable(g *group, now int64, apply bool) (bool, error) {
 			off++
 		}
 	}
-	return g.earliest() <= now, nil
+	_, l := g.retry()
+	return l != nil || g.nextEvent() <= now, nil
 }
 
 // tidy folds one group an entry, in turn, so that groups nobody asks for do not hold on to what has expired.
@@ -935,14 +937,15 @@ func (e *Engine) Park(r *Receive, now Stamp, register func()) (parked bool, err 
 // inflightAtMost bounds the leases that run at now from above without visiting them all: those that have
 // just run out show as an earliest time that has passed, which deliverable then finds.
 func (g *group) inflightAtMost(now int64) int {
-	if g.earliest() <= now {
+	if g.nextEvent() <= now {
 		return g.inflightAt(now)
 	}
 	return g.inflight
 }
 
-// NextDue tells when the next thing happens in the group's unsettled set that can make a message deliverable
-// or end a lease: the cluster time at which to propose a parked receive, or a tick.
+// NextDue tells when time will next make a message of the group deliverable or end a lease of it: the cluster
+// time, later than the last stamp, at which to propose a parked receive, or a tick. What is deliverable
+// already does not count: Park and the Effects tell that.
 func (e *Engine) NextDue(topic, group string) (cluster int64, ok bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -950,7 +953,9 @@ func (e *Engine) NextDue(topic, group string) (cluster int64, ok bool) {
 	if t == nil || t.groups[group] == nil {
 		return 0, false
 	}
-	at := t.groups[group].earliest()
+	g := t.groups[group]
+	g.fold(e.stamp.Cluster, math.MaxInt)
+	at := g.nextEvent()
 	return at, at != never
 }
 

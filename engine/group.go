@@ -214,8 +214,11 @@ func (g *group) find(off uint64) *lease {
 	return nil
 }
 
-// touch marks the offset's chunk as changed.
-func (g *group) touch(off uint64) { g.chunk(off >> chunkShift).dirty = true }
+// touch marks the offset's chunk, and with it the group, as changed.
+func (g *group) touch(off uint64) {
+	g.chunk(off >> chunkShift).dirty = true
+	g.dirty = true
+}
 
 // insert adds an entry for an offset that has none.
 func (g *group) insert(off uint64) *lease {
@@ -233,7 +236,7 @@ func (g *group) insert(off uint64) *lease {
 		c.slots[i] = lease{low: low}
 	}
 	c.live++
-	c.dirty = true
+	c.dirty, g.dirty = true, true
 	g.live++
 	if off >= g.next {
 		g.ahead++
@@ -254,7 +257,7 @@ func (g *group) remove(off uint64, l *lease) {
 	c := g.chunk(key)
 	l.state, l.flags = slotFree, 0
 	c.live--
-	c.dirty = true
+	c.dirty, g.dirty = true, true
 	if c.live == 0 {
 		if c.stored {
 			g.gone = append(g.gone, key)
@@ -384,11 +387,17 @@ func (g *group) retry() (uint64, *lease) {
 	return 0, nil
 }
 
-// earliest returns the time of the first thing that waits in the set, never without one.
-func (g *group) earliest() int64 {
+// nextEvent returns when time will next do something to the set of a folded group, never if it will not: a
+// lease ends, a message becomes deliverable, or one expires, which makes room in a full set.
+func (g *group) nextEvent() int64 {
 	at := int64(never)
-	if _, l := g.retry(); l != nil {
-		at = l.due()
+	for len(g.expiring) > 0 {
+		t := g.expiring[0]
+		if l := g.find(t.off); l != nil && l.expiry == t.at {
+			at = t.at
+			break
+		}
+		g.expiring.pop()
 	}
 	for len(g.pending) > 0 {
 		t := g.pending[0]
@@ -415,7 +424,6 @@ func (g *group) grant(off uint64, l *lease, now, visibility int64) {
 	if l.count > 1 {
 		g.redelivered++
 	}
-	g.dirty = true
 	g.touch(off)
 	g.pushPending(timer{l.deadline, off})
 }
@@ -441,7 +449,6 @@ func (g *group) release(off uint64, l *lease, now int64) {
 	at := max(now, l.granted+backoff(l.count))
 	g.inflight--
 	l.state, l.flags, l.deadline = released, 0, at
-	g.dirty = true
 	g.touch(off)
 	g.pushPending(timer{at, off})
 }

@@ -14,7 +14,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // testLog is a replicated log of one's own: it keeps what it has applied, so that an engine that lost its
 // memory can be brought up to date again.
 type testLog struct {
-	t       testing.TB
+	t       failer
 	o       Options
 	e       *Engine
 	now     Stamp
@@ -22,6 +22,13 @@ type testLog struct {
 	entries []logEntry
 	// unsettledMax, if set, replaces the limit of the unsettled set.
 	unsettledMax int
+}
+
+// failer is what a test log needs of a test, whatever drives it.
+type failer interface {
+	Helper()
+	Fatal(args ...any)
+	Fatalf(format string, args ...any)
 }
 
 // logEntry is an entry of any kind: data is nil for an empty one, members are set for a configuration.
