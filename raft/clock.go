@@ -1,0 +1,75 @@
+package raft
+
+import (
+	"sync"
+	"time"
+
+	"tercet.dev/tercet/engine"
+)
+
+// clusterClock estimates the two clocks an entry is stamped with (R9).
+//
+// Cluster time is the highest of: each stamp this node has seen applied, plus the monotonic time since it saw
+// it. So it advances on every node between entries, a new leader goes on where the old one was give or take
+// the time an entry travels, and it stands still only while no node runs. Wall time is this machine's, but
+// never lower than a stamp already used; with a virtual clock it also keeps whatever lead the last stamp had.
+//
+// The wall clock is read nowhere else in the decision path: a step of it moves dates, and nothing that decides.
+type clusterClock struct {
+	// mono and wall are time.Now unless a test replaces them.
+	mono func() time.Time
+	wall func() time.Time
+	// virtual keeps the lead of the last wall stamp.
+	virtual bool
+
+	mu   sync.Mutex
+	base engine.Stamp
+	at   time.Time
+}
+
+func newClusterClock(mono, wall func() time.Time, virtual bool, recovered engine.Stamp) *clusterClock {
+	return &clusterClock{mono: mono, wall: wall, virtual: virtual, base: recovered, at: mono()}
+}
+
+// observe takes note of a stamp that was applied.
+func (c *clusterClock) observe(s engine.Stamp) {
+	now := c.mono()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	lead := now.Sub(c.at).Milliseconds()
+	// Keeping the higher of the two is what makes the clock run at the rate of the monotonic one: taking
+	// each stamp as "now" would lose the time its commit took, once per entry.
+	if s.Cluster > c.base.Cluster+lead {
+		c.base.Cluster, c.at = s.Cluster, now
+		if s.Wall > c.base.Wall || !c.virtual {
+			c.base.Wall = max(c.base.Wall, s.Wall)
+		}
+		return
+	}
+	c.base.Wall = max(c.base.Wall, s.Wall-c.virtualLead(lead))
+}
+
+// virtualLead is what must be taken off a wall stamp seen lead after base, so that base plus lead is that stamp.
+func (c *clusterClock) virtualLead(lead int64) int64 {
+	if c.virtual {
+		return lead
+	}
+	return 0
+}
+
+// now returns the stamp an entry proposed now gets.
+func (c *clusterClock) now() engine.Stamp {
+	mono, wall := c.mono(), c.wall().UnixMilli()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	lead := mono.Sub(c.at).Milliseconds()
+	s := engine.Stamp{Cluster: c.base.Cluster + lead, Wall: max(c.base.Wall+c.virtualLead(lead), wall)}
+	// What was handed out is a floor: two entries of one leader are proposed before either is applied.
+	c.base.Wall = max(c.base.Wall, s.Wall-c.virtualLead(lead))
+	return s
+}
+
+// until returns how long it takes until cluster time reaches the given instant, 0 when it has.
+func (c *clusterClock) until(cluster int64) time.Duration {
+	return max(0, time.Duration(cluster-c.now().Cluster)*time.Millisecond)
+}

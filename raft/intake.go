@@ -1,0 +1,558 @@
+package raft
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"tercet.dev/tercet/engine"
+	"tercet.dev/tercet/internal/errs"
+	"tercet.dev/tercet/internal/limits"
+)
+
+// The intake is what this process brings into the replicated log. Every command gets a number here and keeps it
+// until its outcome is known, over as many leaders as that takes; the engine applies each number once and
+// remembers its result until the lowest outstanding number, which travels with every entry, has passed it (R5).
+//
+//	Propose ──► call ──► route: this node leads      ──► coalescer
+//	             ▲             another node leads    ──► forward connection
+//	             │             nobody does           ──► held
+//	             └── outcome: replied, refused ──► caller
+//	                          again            ──► held, then the route of the moment
+//	                          stillWaiting     ──► a new number, and the same again
+
+// parkSliceMax is how long a receive waits under one number. A number that stays open holds the lowest
+// outstanding one back, and with it the results the engine has to remember.
+const parkSliceMax = time.Second
+
+// againDelay is how long an op that was sent back is held before it is tried on the same node again.
+const againDelay = 15 * time.Millisecond
+
+// abandonedMax is how long the outcome of a receive that nobody waits for is awaited, so that what it may have
+// leased can be released.
+const abandonedMax = 30 * time.Second
+
+// route is where commands go at the moment.
+type route struct {
+	// node leads; empty when nobody is known to.
+	node engine.NodeID
+	term uint64
+}
+
+// sender brings ops to the node of a route. Its methods are called without locks held and do not block.
+type sender interface {
+	// send takes ops. It reports false when nothing was sent.
+	send(to engine.NodeID, ops []*op) bool
+	// withdraw tells the node that nobody waits for this number any more.
+	withdraw(to engine.NodeID, number uint64)
+}
+
+// intake numbers this process's commands and sees each to its outcome.
+type intake struct {
+	self   engine.NodeID
+	sender sender
+	now    func() time.Time
+	// release gives back what an abandoned receive was given.
+	release func(call *call, deliveries []engine.Delivery)
+	// reopen is called when the cluster closed the intake.
+	reopen func()
+
+	bytesMax int64
+
+	mu      sync.Mutex
+	id      engine.IntakeID // 0: not open yet
+	route   route
+	closing *errs.Error // set once: nothing is taken any more
+	// calls is a ring over the numbers lowest to next-1.
+	calls        []*call
+	lowest, next uint64
+	bytes        int64
+	held         []*call
+	// kick wakes the flusher when something is held and could be sent.
+	kick chan struct{}
+}
+
+// call is one command of this process.
+type call struct {
+	number  uint64
+	attempt uint32
+	cmd     []byte
+	kind    engine.Kind
+	ref     engine.GroupRef
+	count   int
+	receive *engine.Receive
+	require Require
+	// since is when a receive began to wait, waitUntil when it gives up; zero for other commands.
+	since, waitUntil time.Time
+
+	// Guarded by the intake's lock.
+	sentTo   engine.NodeID
+	intake   engine.IntakeID
+	sent     int  // times handed to a node
+	proposed bool // may have been proposed
+	isHeld   bool
+	heldAt   time.Time
+	// abandoned: the caller is gone; since when.
+	abandoned time.Time
+	// present is the op of the present attempt. Only when the route was this node itself does its phase
+	// tell whether it was proposed.
+	present *op
+	isLocal bool
+
+	first op
+	done  chan struct{}
+	reply Reply
+	err   *errs.Error
+}
+
+func newIntake(self engine.NodeID, s sender, now func() time.Time, bytesMax int64) *intake {
+	return &intake{self: self, sender: s, now: now, bytesMax: bytesMax, calls: make([]*call, 256), lowest: 1, next: 1,
+		kick: make(chan struct{}, 1), release: func(*call, []engine.Delivery) {}, reopen: func() {}}
+}
+
+// do sees a command to its outcome.
+func (in *intake) do(ctx context.Context, c *call) (Reply, *errs.Error) {
+	c.done = make(chan struct{})
+	in.mu.Lock()
+	if in.closing != nil {
+		in.mu.Unlock()
+		return Reply{}, in.closing
+	}
+	if err := in.roomLocked(len(c.cmd)); err != nil {
+		in.mu.Unlock()
+		return Reply{}, err
+	}
+	in.numberLocked(c)
+	in.bytes += int64(len(c.cmd))
+	if in.id == 0 || in.route.node == "" {
+		in.holdLocked(c)
+		in.mu.Unlock()
+	} else {
+		to, o := in.route.node, in.sendLocked(c)
+		in.mu.Unlock()
+		in.sendOne(to, o)
+	}
+	select {
+	case <-c.done:
+	case <-ctx.Done():
+		in.abandon(c)
+		<-c.done
+	}
+	if c.err != nil {
+		return Reply{}, c.err
+	}
+	return c.reply, nil
+}
+
+// roomLocked refuses what would break the intake's bounds.
+func (in *intake) roomLocked(n int) *errs.Error {
+	if in.next-in.lowest >= limits.IntakeOpenMax-1 {
+		return &errs.Error{Code: errs.Overloaded, Message: "this node holds as many requests as it may", RetryAfter: time.Second}
+	}
+	if in.bytes > 0 && in.bytes+int64(n) > in.bytesMax {
+		return &errs.Error{Code: errs.Overloaded, Message: "the requests this node holds fill its queue", RetryAfter: time.Second}
+	}
+	return nil
+}
+
+// numberLocked gives c the next number.
+func (in *intake) numberLocked(c *call) {
+	c.number = in.next
+	in.next++
+	if n := uint64(len(in.calls)); in.next-in.lowest > n {
+		bigger := make([]*call, 2*n)
+		for i := in.lowest; i < c.number; i++ {
+			bigger[i%(2*n)] = in.calls[i%n]
+		}
+		in.calls = bigger
+	}
+	in.calls[c.number%uint64(len(in.calls))] = c
+}
+
+// forgetLocked frees c's number.
+func (in *intake) forgetLocked(c *call) {
+	n := uint64(len(in.calls))
+	in.calls[c.number%n] = nil
+	for in.lowest < in.next && in.calls[in.lowest%n] == nil {
+		in.lowest++
+	}
+}
+
+// findLocked returns the call with that number, nil when its outcome is known.
+func (in *intake) findLocked(number uint64) *call {
+	if number < in.lowest || number >= in.next {
+		return nil
+	}
+	return in.calls[number%uint64(len(in.calls))]
+}
+
+// sendLocked makes the op of c's next attempt, for the route of the moment.
+func (in *intake) sendLocked(c *call) *op {
+	o := &c.first
+	if c.sent > 0 {
+		o = new(op)
+	}
+	c.attempt++
+	c.sent++
+	c.isHeld = false
+	c.sentTo = in.route.node
+	c.isLocal = in.route.node == in.self
+	c.intake = in.id
+	c.present = o
+	o.intake, o.number, o.lowest, o.attempt = in.id, c.number, in.lowest, c.attempt
+	o.cmd, o.kind, o.ref, o.count, o.receive = c.cmd, c.kind, c.ref, c.count, c.receive
+	o.require, o.since, o.repeat = c.require, c.since, c.proposed
+	if !c.waitUntil.IsZero() {
+		o.parkUntil = c.waitUntil
+		if slice := in.now().Add(parkSliceMax); slice.Before(c.waitUntil) {
+			o.parkUntil = slice
+		}
+	}
+	o.from = in
+	return o
+}
+
+// sendOne sends one op; when nothing can be sent, it is held again.
+func (in *intake) sendOne(to engine.NodeID, o *op) {
+	if !in.sender.send(to, []*op{o}) {
+		in.complete(o.number, o.attempt, Reply{}, outcome{kind: again, proposed: o.repeat})
+	}
+}
+
+// takeBackLocked takes back the present attempt of c and reports whether it is certain that no node proposed it.
+func (c *call) takeBackLocked() bool {
+	if c.proposed {
+		return false
+	}
+	if c.isHeld || c.sentTo == "" {
+		return true
+	}
+	return c.isLocal && c.present.withdraw()
+}
+
+// holdLocked keeps c until there is a route.
+func (in *intake) holdLocked(c *call) {
+	if c.isHeld {
+		return
+	}
+	c.isHeld = true
+	c.heldAt = in.now()
+	c.sentTo = ""
+	in.held = append(in.held, c)
+	select {
+	case in.kick <- struct{}{}:
+	default:
+	}
+}
+
+// endLocked gives c its outcome.
+func (in *intake) endLocked(c *call, reply Reply, err *errs.Error) {
+	in.forgetLocked(c)
+	in.bytes -= int64(len(c.cmd))
+	if c.isHeld {
+		c.isHeld = false // flush skips it
+	}
+	if !c.abandoned.IsZero() {
+		return
+	}
+	c.reply, c.err = reply, err
+	close(c.done)
+}
+
+// complete takes an outcome from the node that an attempt was sent to.
+func (in *intake) complete(number uint64, attempt uint32, reply Reply, out outcome) {
+	in.mu.Lock()
+	c := in.findLocked(number)
+	if c == nil || c.attempt != attempt && out.kind != replied {
+		// A late outcome of a former attempt. A result is good whoever brings it; anything else says
+		// nothing of the present attempt.
+		if c != nil && out.proposed {
+			c.proposed = true
+		}
+		in.mu.Unlock()
+		return
+	}
+	switch out.kind {
+	case replied:
+		if reply.Code == errs.IntakeClosed {
+			in.closedLocked(c)
+			in.mu.Unlock()
+			in.reopen()
+			return
+		}
+		abandoned := !c.abandoned.IsZero()
+		in.endLocked(c, reply, nil)
+		in.mu.Unlock()
+		if abandoned && len(reply.Deliveries) > 0 {
+			in.release(c, reply.Deliveries)
+		}
+		return
+	case refused:
+		in.endLocked(c, Reply{}, out.err)
+	case again:
+		c.proposed = c.proposed || out.proposed
+		if !c.abandoned.IsZero() && !c.proposed {
+			in.endLocked(c, Reply{}, nil)
+			break
+		}
+		in.holdLocked(c)
+	case stillWaiting:
+		if !c.abandoned.IsZero() || !in.now().Before(c.waitUntil) {
+			in.endLocked(c, Reply{}, nil)
+			break
+		}
+		if err := in.roomLocked(0); err != nil {
+			in.endLocked(c, Reply{}, nil)
+			break
+		}
+		// Nothing is recorded under the old number: a new one lets the lowest rise.
+		in.forgetLocked(c)
+		in.numberLocked(c)
+		c.proposed = false
+		if in.id == 0 || in.route.node == "" {
+			in.holdLocked(c)
+			break
+		}
+		to, o := in.route.node, in.sendLocked(c)
+		in.mu.Unlock()
+		in.sendOne(to, o)
+		return
+	}
+	in.mu.Unlock()
+}
+
+// finish makes the intake the origin of the ops it sends to its own node.
+func (in *intake) finish(o *op, out outcome) {
+	var r Reply
+	if out.kind == replied {
+		r = Reply{Result: o.result, Index: o.index, Term: o.term, Zones: out.zones}
+	}
+	in.complete(o.number, o.attempt, r, out)
+}
+
+// closedLocked handles the answer that the intake is closed: the entry was refused, not applied. What was
+// certainly proposed only this once is brought in again under the next intake.
+func (in *intake) closedLocked(c *call) {
+	if in.id == c.intake {
+		in.id = 0
+	}
+	if !c.proposed && c.sent == 1 && c.abandoned.IsZero() {
+		c.sent = 0
+		in.holdLocked(c)
+		return
+	}
+	in.endLocked(c, Reply{}, errs.Of(errs.OutcomeUnknown))
+}
+
+// abandon is called when the caller does not wait any longer.
+func (in *intake) abandon(c *call) {
+	in.mu.Lock()
+	select {
+	case <-c.done:
+		in.mu.Unlock()
+		return
+	default:
+	}
+	var err *errs.Error
+	possible := !c.takeBackLocked()
+	switch {
+	case possible:
+		err = errs.Of(errs.OutcomeUnknown)
+	case in.route.node == "":
+		err = errs.Of(errs.NoLeader)
+	default:
+		err = errs.Of(errs.NotLeader)
+	}
+	if err.Code != errs.OutcomeUnknown {
+		err.RetryAfter = time.Second
+	}
+	c.err = err
+	to, number := c.sentTo, c.number
+	wait := possible && (c.kind == engine.CmdReceive || c.kind == engine.CmdReceiveID)
+	if wait {
+		// Whether it leased something will be known, and is then given back.
+		c.abandoned = in.now()
+	} else {
+		in.forgetLocked(c)
+		in.bytes -= int64(len(c.cmd))
+		c.isHeld = false
+		c.abandoned = in.now()
+	}
+	close(c.done)
+	in.mu.Unlock()
+	if possible && to != "" {
+		in.sender.withdraw(to, number)
+	}
+}
+
+// setRoute says who leads. Everything outstanding goes to a new leader under its number: the old one may be
+// unable to answer, and applying is idempotent.
+func (in *intake) setRoute(r route) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if r == in.route {
+		return
+	}
+	in.route = r
+	for n := in.lowest; n < in.next; n++ {
+		c := in.calls[n%uint64(len(in.calls))]
+		if c == nil || c.isHeld {
+			continue
+		}
+		c.proposed = !c.takeBackLocked()
+		in.holdLocked(c)
+	}
+	in.kickLocked()
+}
+
+// lost says that the connection to a node broke: what was sent there has an unknown outcome.
+func (in *intake) lost(node engine.NodeID) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	for n := in.lowest; n < in.next; n++ {
+		c := in.calls[n%uint64(len(in.calls))]
+		if c != nil && !c.isHeld && c.sentTo == node {
+			c.proposed = true
+			in.holdLocked(c)
+		}
+	}
+}
+
+// opened says that the intake is open under id.
+func (in *intake) opened(id engine.IntakeID) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.id = id
+	in.kickLocked()
+}
+
+func (in *intake) kickLocked() {
+	select {
+	case in.kick <- struct{}{}:
+	default:
+	}
+}
+
+// run sends what is held, until stop is closed.
+func (in *intake) run(stop <-chan struct{}) {
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	for {
+		if next, ok := in.flush(); ok {
+			timer.Reset(next)
+		} else {
+			timer.Reset(time.Second) // abandoned calls are swept
+		}
+		select {
+		case <-stop:
+			return
+		case <-in.kick:
+		case <-timer.C:
+		}
+	}
+}
+
+// flush sends the held calls whose time has come, in the order of their numbers, and returns when the next one
+// is due.
+func (in *intake) flush() (time.Duration, bool) {
+	now := in.now()
+	in.mu.Lock()
+	in.sweepLocked(now)
+	if in.id == 0 || in.route.node == "" || len(in.held) == 0 {
+		in.held = compact(in.held)
+		in.mu.Unlock()
+		return 0, false
+	}
+	var batch []*call
+	rest := in.held[:0]
+	var next time.Duration
+	for _, c := range in.held {
+		switch wait := againDelay - now.Sub(c.heldAt); {
+		case !c.isHeld:
+		case c.sent > 0 && wait > 0:
+			rest = append(rest, c)
+			if next == 0 || wait < next {
+				next = wait
+			}
+		default:
+			batch = append(batch, c)
+		}
+	}
+	clear(in.held[len(rest):])
+	in.held = rest
+	to := in.route.node
+	ops := make([]*op, len(batch))
+	for i, c := range batch {
+		ops[i] = in.sendLocked(c)
+	}
+	in.mu.Unlock()
+	if len(ops) > 0 && !in.sender.send(to, ops) {
+		for _, o := range ops {
+			in.complete(o.number, o.attempt, Reply{}, outcome{kind: again, proposed: o.repeat})
+		}
+	}
+	return next, next > 0
+}
+
+// sweepLocked forgets abandoned calls whose outcome does not come.
+func (in *intake) sweepLocked(now time.Time) {
+	for n := in.lowest; n < in.next; n++ {
+		c := in.calls[n%uint64(len(in.calls))]
+		if c == nil || c.abandoned.IsZero() {
+			if c != nil {
+				break // the lowest is alive: nothing is gained behind it
+			}
+			continue
+		}
+		if now.Sub(c.abandoned) < abandonedMax {
+			break
+		}
+		in.endLocked(c, Reply{}, nil)
+	}
+}
+
+// compact drops calls that are not held any more.
+func compact(held []*call) []*call {
+	rest := held[:0]
+	for _, c := range held {
+		if c.isHeld {
+			rest = append(rest, c)
+		}
+	}
+	clear(held[len(rest):])
+	return rest
+}
+
+// close ends everything outstanding: what may have been proposed as unknown, the rest with err.
+func (in *intake) close(err *errs.Error) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if in.closing == nil {
+		in.closing = err
+	}
+	for n := in.lowest; n < in.next; n++ {
+		c := in.calls[n%uint64(len(in.calls))]
+		if c == nil {
+			continue
+		}
+		if !c.takeBackLocked() {
+			in.endLocked(c, Reply{}, errs.Of(errs.OutcomeUnknown))
+		} else {
+			in.endLocked(c, Reply{}, in.closing)
+		}
+	}
+	in.held = nil
+}
+
+// outstanding returns the number of calls without an outcome.
+func (in *intake) outstanding() int {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	n := 0
+	for i := in.lowest; i < in.next; i++ {
+		if in.calls[i%uint64(len(in.calls))] != nil {
+			n++
+		}
+	}
+	return n
+}
