@@ -78,6 +78,7 @@ type call struct {
 	attempt uint32
 	cmd     []byte
 	kind    engine.Kind
+	topic   []byte
 	ref     engine.GroupRef
 	count   int
 	receive *engine.Receive
@@ -200,7 +201,7 @@ func (in *intake) sendLocked(c *call) *op {
 	c.intake = in.id
 	c.present = o
 	o.intake, o.number, o.lowest, o.attempt = in.id, c.number, in.lowest, c.attempt
-	o.cmd, o.kind, o.ref, o.count, o.receive = c.cmd, c.kind, c.ref, c.count, c.receive
+	o.cmd, o.kind, o.topic, o.ref, o.count, o.receive = c.cmd, c.kind, c.topic, c.ref, c.count, c.receive
 	o.require, o.since, o.repeat = c.require, c.since, c.proposed
 	if !c.waitUntil.IsZero() {
 		o.parkUntil = c.waitUntil

@@ -16,7 +16,9 @@ type op struct {
 	cmd            []byte
 
 	kind engine.Kind
-	// ref names the topic of a publish, the topic and group of a receive or settle.
+	// topic is a publish's, a part of cmd.
+	topic []byte
+	// ref names the topic and group of a receive that may park.
 	ref engine.GroupRef
 	// count is the number of messages of a publish, the most that a receive takes.
 	count int

@@ -1,0 +1,122 @@
+package raft
+
+import (
+	"sync"
+
+	"tercet.dev/tercet/engine"
+)
+
+// acks holds the publishes that are applied and wait for the disks of the zones they require (R4). Applied in
+// the order of their entries, they wait in that order, one queue for each requirement.
+type acks struct {
+	// watermark returns the last index that every node of the in-sync set, and every voter, has on disk.
+	watermark func() (inSync, all uint64)
+	// zones counts the zones that hold an index.
+	zones func(index uint64) int
+
+	mu     sync.Mutex
+	inSync []*op
+	all    []*op
+}
+
+// add takes an applied publish.
+func (a *acks) add(o *op, durability Durability) {
+	a.mu.Lock()
+	if o.require == AllZones || o.require == Default && durability == All {
+		a.all = append(a.all, o)
+	} else {
+		a.inSync = append(a.inSync, o)
+	}
+	a.mu.Unlock()
+}
+
+// advance ends the publishes whose watermark has been reached. It is called whenever a mark or the in-sync set
+// changed, from any goroutine.
+func (a *acks) advance() {
+	a.mu.Lock()
+	if len(a.inSync) == 0 && len(a.all) == 0 {
+		a.mu.Unlock()
+		return
+	}
+	inSync, all := a.watermark()
+	var ready []*op
+	a.inSync, ready = reached(a.inSync, inSync, ready)
+	a.all, ready = reached(a.all, all, ready)
+	a.mu.Unlock()
+	var index uint64
+	zones := 0
+	for _, o := range ready {
+		if o.index != index {
+			index, zones = o.index, a.zones(o.index)
+		}
+		o.end(outcome{kind: replied, zones: zones})
+	}
+}
+
+// reached moves the head of queue up to index mark to ready.
+func reached(queue []*op, mark uint64, ready []*op) (rest, out []*op) {
+	n := 0
+	for n < len(queue) && (queue[n].index <= mark || queue[n].dropped.Load()) {
+		n++
+	}
+	ready = append(ready, queue[:n]...)
+	if n == len(queue) {
+		clear(queue)
+		return queue[:0], ready
+	}
+	return queue[n:], ready
+}
+
+// drain takes everything that waits.
+func (a *acks) drain() []*op {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	out := append(a.inSync, a.all...)
+	a.inSync, a.all = nil, nil
+	return out
+}
+
+// waiting returns how many publishes wait.
+func (a *acks) waiting() int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.inSync) + len(a.all)
+}
+
+// watermarks computes the two watermarks and zone counts from the marks of the voters.
+type watermarks struct {
+	// voters are the members that vote, by id, with what each has on disk in this term.
+	voters map[engine.NodeID]uint64
+}
+
+// of returns the lowest mark of the given nodes that are voters. A set without voters reaches everything: the
+// floor under any acknowledgement is the commit itself.
+func (w watermarks) of(nodes []engine.NodeID) uint64 {
+	low := ^uint64(0)
+	for _, id := range nodes {
+		if m, ok := w.voters[id]; ok {
+			low = min(low, m)
+		}
+	}
+	return low
+}
+
+// all returns the lowest mark of all voters.
+func (w watermarks) all() uint64 {
+	low := ^uint64(0)
+	for _, m := range w.voters {
+		low = min(low, m)
+	}
+	return low
+}
+
+// holding counts the voters that have index on disk.
+func (w watermarks) holding(index uint64) int {
+	n := 0
+	for _, m := range w.voters {
+		if m >= index {
+			n++
+		}
+	}
+	return n
+}

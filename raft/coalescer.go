@@ -1,0 +1,405 @@
+package raft
+
+import (
+	"sync"
+	"time"
+	"unsafe"
+
+	"tercet.dev/tercet/engine"
+	"tercet.dev/tercet/internal/errs"
+	"tercet.dev/tercet/internal/limits"
+)
+
+// entriesInFlight is how many entries are proposed and not yet applied at a time. While there is room, an op is
+// proposed at once; when there is none, ops gather, and the next entry takes all of them. Batches form by
+// themselves under load, and a single publisher never waits for company.
+const entriesInFlight = 4
+
+// pressurePoll is how often the log is looked at while it has too much that is not synced.
+const pressurePoll = 2 * time.Millisecond
+
+// coalescerEnv is what the coalescer needs of the node. Functions, so that it can be tested without one.
+type coalescerEnv struct {
+	// stamp returns the clocks for an entry, level the replicated feature level.
+	stamp func() engine.Stamp
+	level func() uint32
+	// propose hands an entry to raft.
+	propose func(entry []byte)
+	// pressed reports that the log has more unsynced data than it should.
+	pressed func() bool
+	// refuse returns why an op must not be proposed now.
+	refuse func(o *op) *errs.Error
+	// eng answers for the parking lot.
+	eng parker
+	// fatal stops the node.
+	fatal func(error)
+}
+
+// coalescer turns the ops brought to the leader into entries. One goroutine (run) builds and proposes them. What
+// raft says of an entry it gave up is not waited for: it gives entries up only when leadership is lost or handed
+// on, and then the node closes the coalescer, which ends everything in flight.
+type coalescer struct {
+	env      coalescerEnv
+	lot      *lot
+	bytesMax int64
+
+	wake chan struct{}
+	mu    sync.Mutex
+	mode  serviceMode
+	queue []*op
+	// head is where the queue begins in its slice.
+	head   int
+	bytes  int64
+	urgent []*op
+	// pressed is what env.pressed last said.
+	pressed bool
+	idle    bool
+	// inFlight holds the proposed entries by the address of their bytes, which raft hands to the state machine
+	// unchanged.
+	inFlight map[*byte]*batch
+	// drained is closed, if set, when nothing is in flight.
+	drained []chan struct{}
+}
+
+// serviceMode says what the leader's side of this node does with ops.
+type serviceMode uint8
+
+const (
+	// closed: the node does not lead, or must not; ops are sent back to their origins.
+	closed serviceMode = iota
+	// gathering: the node leads but has not yet applied a barrier of its term; ops wait.
+	gathering
+	// open: ops are proposed.
+	open
+	// paused: the node is about to hand leadership on; ops are sent back, urgent ones are proposed.
+	paused
+)
+
+// batch is one proposed entry.
+type batch struct {
+	entry []byte
+	ops   []*op
+}
+
+func newCoalescer(env coalescerEnv, bytesMax int64) *coalescer {
+	c := &coalescer{env: env, bytesMax: bytesMax, wake: make(chan struct{}, 1),
+		inFlight: make(map[*byte]*batch, entriesInFlight)}
+	c.lot = newLot(c.signal)
+	return c
+}
+
+// signal wakes run.
+func (c *coalescer) signal() {
+	select {
+	case c.wake <- struct{}{}:
+	default:
+	}
+}
+
+// enqueue takes an op, or ends it.
+func (c *coalescer) enqueue(o *op) {
+	c.mu.Lock()
+	if c.mode == closed || c.mode == paused && !o.urgent {
+		c.mu.Unlock()
+		o.endAgain(false)
+		return
+	}
+	if o.urgent {
+		c.urgent = append(c.urgent, o)
+	} else {
+		if !o.repeat {
+			var err *errs.Error
+			switch {
+			case c.pressed:
+				err = &errs.Error{Code: errs.Overloaded, Message: "the disk cannot keep up", RetryAfter: time.Second}
+			case c.bytes > 0 && c.bytes+int64(len(o.cmd)) > c.bytesMax, len(c.queue)-c.head >= limits.IntakeOpenMax:
+				err = &errs.Error{Code: errs.Overloaded, Message: "the leader's queue is full", RetryAfter: time.Second}
+			}
+			if err != nil {
+				c.mu.Unlock()
+				o.end(outcome{kind: refused, err: err})
+				return
+			}
+		}
+		c.queue = append(c.queue, o)
+		c.bytes += int64(len(o.cmd))
+	}
+	idle := c.idle
+	c.mu.Unlock()
+	if idle {
+		c.signal()
+	}
+}
+
+// setMode changes what happens to ops. Closing sends everything queued, parked and in flight back to the
+// origins: they bring it to the next leader under the same numbers.
+func (c *coalescer) setMode(m serviceMode) {
+	c.mu.Lock()
+	c.mode = m
+	var queued, parked []*op
+	var flying []*batch
+	if m == closed || m == paused {
+		queued = append(queued, c.queue[c.head:]...)
+		c.queue, c.head, c.bytes = nil, 0, 0
+		parked = c.lot.drain()
+	}
+	if m == closed {
+		queued = append(queued, c.urgent...)
+		c.urgent = nil
+		for key, b := range c.inFlight {
+			flying = append(flying, b)
+			delete(c.inFlight, key)
+		}
+		c.drainedLocked()
+	}
+	c.mu.Unlock()
+	for _, o := range queued {
+		o.phase.CompareAndSwap(phaseQueued, phaseWithdrawn)
+		o.endAgain(false)
+	}
+	for _, o := range parked {
+		o.endAgain(false)
+	}
+	for _, b := range flying {
+		for _, o := range b.ops {
+			o.endAgain(true)
+		}
+	}
+	c.signal()
+}
+
+// take returns the batch whose entry this is, if this node proposed it and still waits for it.
+func (c *coalescer) take(entry []byte) *batch {
+	key := unsafe.SliceData(entry)
+	c.mu.Lock()
+	b := c.inFlight[key]
+	if b != nil {
+		delete(c.inFlight, key)
+		if len(c.inFlight) == 0 {
+			c.drainedLocked()
+		}
+	}
+	wake := b != nil && c.idle
+	c.mu.Unlock()
+	if wake {
+		c.signal()
+	}
+	return b
+}
+
+func (c *coalescer) drainedLocked() {
+	for _, ch := range c.drained {
+		close(ch)
+	}
+	c.drained = nil
+}
+
+// whenDrained returns a channel that is closed as soon as nothing is in flight.
+func (c *coalescer) whenDrained() <-chan struct{} {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	ch := make(chan struct{})
+	if len(c.inFlight) == 0 && len(c.urgent) == 0 {
+		close(ch)
+	} else {
+		c.drained = append(c.drained, ch)
+	}
+	return ch
+}
+
+// run proposes until stop is closed.
+func (c *coalescer) run(stop <-chan struct{}) {
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	for {
+		b, wait := c.next()
+		if b != nil {
+			c.env.propose(b.entry)
+			continue
+		}
+		if wait <= 0 {
+			wait = time.Hour
+		}
+		timer.Reset(wait)
+		select {
+		case <-stop:
+			return
+		case <-c.wake:
+		case <-timer.C:
+		}
+	}
+}
+
+// next builds the next entry. When there is nothing to propose it returns nil, and after how long to look
+// again, 0 for when woken.
+func (c *coalescer) next() (*batch, time.Duration) {
+	var stamp engine.Stamp
+	var ride []*op
+	var wait time.Duration
+	c.mu.Lock()
+	if c.mode == open && len(c.inFlight) < entriesInFlight {
+		c.mu.Unlock()
+		// The lot asks the engine, whose lock is held for as long as an apply takes: not under ours.
+		if pressed := c.env.pressed(); pressed {
+			c.setPressed(true)
+		} else {
+			c.setPressed(false)
+			if c.lot.len() > 0 {
+				stamp = c.env.stamp()
+				if due := c.lot.refresh(c.env.eng, stamp.Cluster); due > 0 {
+					wait = max(time.Duration(due-stamp.Cluster)*time.Millisecond, time.Millisecond)
+				}
+				var err error
+				if ride, err = c.lot.alone(c.env.eng, stamp, nil); err != nil {
+					c.env.fatal(err)
+					return nil, 0
+				}
+			}
+		}
+		c.mu.Lock()
+	}
+	ops := c.gatherLocked(len(ride) > 0)
+	c.mu.Unlock()
+	if len(ops) == 0 && len(ride) == 0 {
+		if c.isPressed() {
+			wait = pressurePoll
+		}
+		return nil, wait
+	}
+	return c.build(ops, ride), 0
+}
+
+func (c *coalescer) setPressed(p bool) {
+	c.mu.Lock()
+	c.pressed = p
+	c.mu.Unlock()
+}
+
+func (c *coalescer) isPressed() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.pressed
+}
+
+// gatherLocked takes what goes into the next entry.
+func (c *coalescer) gatherLocked(riders bool) []*op {
+	c.idle = true
+	if (c.mode != open && c.mode != paused) || len(c.inFlight) >= entriesInFlight {
+		return nil
+	}
+	ops := c.urgent
+	c.urgent = nil
+	if c.mode == open && !c.pressed {
+		size := 0
+		for c.head < len(c.queue) {
+			o := c.queue[c.head]
+			n := len(o.cmd) + engine.EntryOverhead
+			if size > 0 && size+n > limits.EntryBytesTarget {
+				break
+			}
+			size += n
+			ops = append(ops, o)
+			c.queue[c.head] = nil
+			c.head++
+			c.bytes -= int64(len(o.cmd))
+		}
+		switch {
+		case c.head == len(c.queue):
+			c.queue, c.head = c.queue[:0], 0
+		case c.head > 1024 && c.head > len(c.queue)/2:
+			n := copy(c.queue, c.queue[c.head:])
+			clear(c.queue[n:])
+			c.queue, c.head = c.queue[:n], 0
+		}
+	}
+	if len(ops) > 0 || riders {
+		c.idle = false
+	}
+	return ops
+}
+
+// build makes the entry and enters it among those in flight. It returns nil when nothing is left to propose.
+func (c *coalescer) build(ops, ride []*op) *batch {
+	kept := ops[:0]
+	size := 0
+	keep := func(o *op) bool {
+		// From here on the op counts as proposed, unless its origin took it back before.
+		if o.phase.Load() == phaseProposed || o.phase.CompareAndSwap(phaseQueued, phaseProposed) {
+			kept = append(kept, o)
+			size += len(o.cmd) + engine.EntryOverhead
+			return true
+		}
+		o.endAgain(false)
+		return false
+	}
+	type published struct {
+		topic    []byte
+		messages int
+	}
+	var topics []published
+	for _, o := range ops {
+		if !o.repeat {
+			if err := c.env.refuse(o); err != nil {
+				if o.phase.CompareAndSwap(phaseQueued, phaseWithdrawn) {
+					o.endRefused(err)
+				} else {
+					o.endAgain(false)
+				}
+				continue
+			}
+		}
+		if !keep(o) || o.kind != engine.CmdPublish {
+			continue
+		}
+		found := false
+		for i := range topics {
+			if found = string(topics[i].topic) == string(o.topic); found {
+				topics[i].messages += o.count
+				break
+			}
+		}
+		if !found {
+			topics = append(topics, published{o.topic, o.count})
+		}
+	}
+	for _, o := range ride {
+		keep(o)
+	}
+	if c.lot.len() > 0 {
+		budget := ridersBytesMax
+		var behind []*op
+		for _, t := range topics {
+			behind, budget = c.lot.behind(string(t.topic), t.messages, budget, behind[:0])
+			for _, o := range behind {
+				keep(o)
+			}
+		}
+	}
+	if len(kept) == 0 {
+		c.mu.Lock()
+		if len(c.inFlight) == 0 {
+			c.drainedLocked()
+		}
+		c.mu.Unlock()
+		c.signal() // there may be more in the queue
+		return nil
+	}
+	var eb engine.EntryBuilder
+	eb.Reset(c.env.level(), c.env.stamp(), size)
+	for _, o := range kept {
+		eb.Add(o.intake, o.number, o.lowest, o.cmd)
+	}
+	b := &batch{entry: eb.Bytes(), ops: kept}
+	c.mu.Lock()
+	if c.mode == closed {
+		// Closed meanwhile: nothing was handed to raft.
+		c.mu.Unlock()
+		for _, o := range kept {
+			o.endAgain(true)
+		}
+		return nil
+	}
+	c.inFlight[unsafe.SliceData(b.entry)] = b
+	c.mu.Unlock()
+	return b
+}
