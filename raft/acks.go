@@ -15,6 +15,7 @@ type acks struct {
 	zones func(index uint64) int
 
 	mu     sync.Mutex
+	closed bool
 	inSync []*op
 	all    []*op
 }
@@ -22,12 +23,18 @@ type acks struct {
 // add takes an applied publish.
 func (a *acks) add(o *op, durability Durability) {
 	a.mu.Lock()
-	if o.require == AllZones || o.require == Default && durability == All {
+	closed := a.closed
+	switch {
+	case closed:
+	case o.require == AllZones || o.require == Default && durability == All:
 		a.all = append(a.all, o)
-	} else {
+	default:
 		a.inSync = append(a.inSync, o)
 	}
 	a.mu.Unlock()
+	if closed {
+		o.endAgain(true)
+	}
 }
 
 // advance ends the publishes whose watermark has been reached. It is called whenever a mark or the in-sync set
@@ -67,13 +74,20 @@ func reached(queue []*op, mark uint64, ready []*op) (rest, out []*op) {
 	return queue[n:], ready
 }
 
-// drain takes everything that waits.
-func (a *acks) drain() []*op {
+// setClosed closes or opens. Closing sends everything that waits back to its origins: the marks it waits for are
+// of a term that is over.
+func (a *acks) setClosed(closed bool) {
 	a.mu.Lock()
-	defer a.mu.Unlock()
-	out := append(a.inSync, a.all...)
-	a.inSync, a.all = nil, nil
-	return out
+	a.closed = closed
+	var out []*op
+	if closed {
+		out = append(a.inSync, a.all...)
+		a.inSync, a.all = nil, nil
+	}
+	a.mu.Unlock()
+	for _, o := range out {
+		o.endAgain(true)
+	}
 }
 
 // waiting returns how many publishes wait.

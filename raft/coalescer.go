@@ -43,7 +43,7 @@ type coalescer struct {
 	lot      *lot
 	bytesMax int64
 
-	wake chan struct{}
+	wake  chan struct{}
 	mu    sync.Mutex
 	mode  serviceMode
 	queue []*op
@@ -67,7 +67,7 @@ type serviceMode uint8
 const (
 	// closed: the node does not lead, or must not; ops are sent back to their origins.
 	closed serviceMode = iota
-	// gathering: the node leads but has not yet applied a barrier of its term; ops wait.
+	// gathering: the node leads but has not yet applied an entry of its term; only urgent ops are proposed.
 	gathering
 	// open: ops are proposed.
 	open
@@ -141,7 +141,10 @@ func (c *coalescer) setMode(m serviceMode) {
 	if m == closed || m == paused {
 		queued = append(queued, c.queue[c.head:]...)
 		c.queue, c.head, c.bytes = nil, 0, 0
-		parked = c.lot.drain()
+		parked = c.lot.close()
+	}
+	if m == open {
+		c.lot.open()
 	}
 	if m == closed {
 		queued = append(queued, c.urgent...)
@@ -284,7 +287,7 @@ func (c *coalescer) isPressed() bool {
 // gatherLocked takes what goes into the next entry.
 func (c *coalescer) gatherLocked(riders bool) []*op {
 	c.idle = true
-	if (c.mode != open && c.mode != paused) || len(c.inFlight) >= entriesInFlight {
+	if c.mode == closed || len(c.inFlight) >= entriesInFlight {
 		return nil
 	}
 	ops := c.urgent

@@ -3,6 +3,7 @@ package raft
 import (
 	"slices"
 	"sync"
+	"time"
 
 	"tercet.dev/tercet/engine"
 )
@@ -24,7 +25,11 @@ type lot struct {
 	// signal wakes the coalescer, which is the only one that lets receives ride.
 	signal func()
 
+	// expired is called, on a goroutine of its own, when the time of a parked receive is over.
+	expired func(o *op)
+
 	mu     sync.Mutex
+	closed bool
 	groups map[engine.GroupRef]*waiters
 	topics map[string][]*waiters
 	ready  []*waiters
@@ -70,16 +75,33 @@ const ridersAlone = 16
 const dueRetryMs = 20
 
 func newLot(signal func()) *lot {
-	return &lot{signal: signal, groups: make(map[engine.GroupRef]*waiters), topics: make(map[string][]*waiters)}
+	return &lot{signal: signal, expired: func(*op) {}, closed: true, groups: make(map[engine.GroupRef]*waiters), topics: make(map[string][]*waiters)}
 }
 
-// add parks o. It reports false when the op's time is over or nobody waits for it; the caller then ends it.
-func (l *lot) add(o *op) bool {
+// parking is what came of an attempt to park.
+type parking uint8
+
+const (
+	parked parking = iota
+	// timeOver: the receive's time is over, or nobody waits for it.
+	timeOver
+	// lotClosed: the node does not lead any more.
+	lotClosed
+)
+
+// add parks o, unless that is too late.
+func (l *lot) add(o *op) parking {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	o.park = notParked
+	if l.closed {
+		return lotClosed
+	}
 	if o.expired || o.dropped.Load() {
-		o.park = notParked
-		return false
+		return timeOver
+	}
+	if o.timer == nil {
+		o.timer = time.AfterFunc(time.Until(o.parkUntil), func() { l.expire(o) })
 	}
 	w := l.groups[o.ref]
 	if w == nil {
@@ -95,24 +117,40 @@ func (l *lot) add(o *op) bool {
 	o.park = waiting
 	l.size++
 	l.staleLocked(w)
-	return true
+	return parked
 }
 
-// expire ends the waiting of o. It reports whether o was taken out; a riding one is only marked.
-func (l *lot) expire(o *op) bool {
+// done stops the clock of a receive that got its outcome.
+func (l *lot) done(o *op) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	o.expired = true
-	if o.park != waiting {
-		return false
-	}
-	w := l.groups[o.ref]
-	if i := slices.Index(w.ops, o); i >= 0 {
-		w.ops = slices.Delete(w.ops, i, i+1)
-		l.removedLocked(w, 1)
-	}
 	o.park = notParked
-	return true
+	if o.timer != nil {
+		o.timer.Stop()
+	}
+}
+
+// expire ends the waiting of o, because its time is over or nobody waits for it. One that is riding is only
+// marked: its entry decides.
+func (l *lot) expire(o *op) {
+	l.mu.Lock()
+	o.expired = true
+	if o.timer != nil {
+		o.timer.Stop()
+	}
+	out := o.park == waiting
+	if out {
+		w := l.groups[o.ref]
+		if i := slices.Index(w.ops, o); i >= 0 {
+			w.ops = slices.Delete(w.ops, i, i+1)
+			l.removedLocked(w, 1)
+		}
+		o.park = notParked
+	}
+	l.mu.Unlock()
+	if out {
+		l.expired(o)
+	}
 }
 
 // removedLocked accounts for n ops taken out of w.
@@ -149,15 +187,6 @@ func (l *lot) touch(ref engine.GroupRef) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if w := l.groups[ref]; w != nil {
-		l.staleLocked(w)
-	}
-}
-
-// touchTopic does the same for all groups of a topic.
-func (l *lot) touchTopic(topic string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for _, w := range l.topics[topic] {
 		l.staleLocked(w)
 	}
 }
@@ -289,14 +318,25 @@ func (l *lot) refresh(eng parker, now int64) int64 {
 	return next
 }
 
-// drain empties the lot.
-func (l *lot) drain() []*op {
+// open lets receives in.
+func (l *lot) open() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.closed = false
+}
+
+// close empties the lot and keeps it empty.
+func (l *lot) close() []*op {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.closed = true
 	var out []*op
 	for _, w := range l.groups {
 		for _, o := range w.ops {
 			o.park = notParked
+			if o.timer != nil {
+				o.timer.Stop()
+			}
 			out = append(out, o)
 		}
 		w.ops = nil
