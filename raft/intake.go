@@ -43,8 +43,8 @@ type route struct {
 type sender interface {
 	// send takes ops. It reports false when nothing was sent.
 	send(to engine.NodeID, ops []*op) bool
-	// withdraw tells the node that nobody waits for this number any more.
-	withdraw(to engine.NodeID, number uint64)
+	// withdraw tells the node that nobody waits for the op any more.
+	withdraw(to engine.NodeID, o *op)
 }
 
 // intake numbers this process's commands and sees each to its outcome.
@@ -298,12 +298,8 @@ func (in *intake) complete(number uint64, attempt uint32, reply Reply, out outco
 		}
 		in.holdLocked(c)
 	case stillWaiting:
-		if !c.abandoned.IsZero() || !in.now().Before(c.waitUntil) {
-			in.endLocked(c, Reply{}, nil)
-			break
-		}
-		if err := in.roomLocked(0); err != nil {
-			in.endLocked(c, Reply{}, nil)
+		if !c.abandoned.IsZero() || !in.now().Before(c.waitUntil) || in.roomLocked(0) != nil {
+			in.endLocked(c, reply, nil)
 			break
 		}
 		// Nothing is recorded under the old number: a new one lets the lowest rise.
@@ -325,7 +321,7 @@ func (in *intake) complete(number uint64, attempt uint32, reply Reply, out outco
 // finish makes the intake the origin of the ops it sends to its own node.
 func (in *intake) finish(o *op, out outcome) {
 	var r Reply
-	if out.kind == replied {
+	if out.kind == replied || out.kind == stillWaiting {
 		r = Reply{Result: o.result, Index: o.index, Term: o.term, Zones: out.zones}
 	}
 	in.complete(o.number, o.attempt, r, out)
@@ -368,7 +364,7 @@ func (in *intake) abandon(c *call) {
 		err.RetryAfter = time.Second
 	}
 	c.err = err
-	to, number := c.sentTo, c.number
+	to, o := c.sentTo, c.present
 	wait := possible && (c.kind == engine.CmdReceive || c.kind == engine.CmdReceiveID)
 	if wait {
 		// Whether it leased something will be known, and is then given back.
@@ -381,8 +377,8 @@ func (in *intake) abandon(c *call) {
 	}
 	close(c.done)
 	in.mu.Unlock()
-	if possible && to != "" {
-		in.sender.withdraw(to, number)
+	if to != "" {
+		in.sender.withdraw(to, o)
 	}
 }
 
@@ -404,19 +400,6 @@ func (in *intake) setRoute(r route) {
 		in.holdLocked(c)
 	}
 	in.kickLocked()
-}
-
-// lost says that the connection to a node broke: what was sent there has an unknown outcome.
-func (in *intake) lost(node engine.NodeID) {
-	in.mu.Lock()
-	defer in.mu.Unlock()
-	for n := in.lowest; n < in.next; n++ {
-		c := in.calls[n%uint64(len(in.calls))]
-		if c != nil && !c.isHeld && c.sentTo == node {
-			c.proposed = true
-			in.holdLocked(c)
-		}
-	}
 }
 
 // opened says that the intake is open under id.

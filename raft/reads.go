@@ -1,0 +1,173 @@
+package raft
+
+import (
+	"context"
+	"encoding/binary"
+	"sync"
+	"time"
+
+	"tercet.dev/tercet/engine"
+	"tercet.dev/tercet/internal/errs"
+)
+
+// readTimeout bounds one round of evidence. A leader without a majority loses its lease long before.
+const readTimeout = 2 * time.Second
+
+// readRounds makes reads linearizable (R7, decision 13): a majority answered a request that was sent after the
+// read arrived, in the present term. Reads that arrive while a round is under way wait for the next one, together.
+type readRounds struct {
+	// evidence waits until a majority of voters is known to have answered something sent at or after the given
+	// time, in the term this node leads.
+	evidence func(ctx context.Context, since time.Time) error
+	now      func() time.Time
+
+	mu      sync.Mutex
+	waiting []func(error)
+	wake    chan struct{}
+}
+
+func newReadRounds(now func() time.Time, evidence func(context.Context, time.Time) error) *readRounds {
+	return &readRounds{now: now, evidence: evidence, wake: make(chan struct{}, 1)}
+}
+
+// confirm calls done once this node is known to have led after the call, or with why that is not known. done must
+// not block.
+func (r *readRounds) confirm(done func(error)) {
+	r.mu.Lock()
+	r.waiting = append(r.waiting, done)
+	first := len(r.waiting) == 1
+	r.mu.Unlock()
+	if first {
+		select {
+		case r.wake <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// run holds the rounds until ctx ends.
+func (r *readRounds) run(ctx context.Context) {
+	for {
+		select {
+		case <-r.wake:
+		case <-ctx.Done():
+			r.round(ctx.Err())
+			return
+		}
+		r.round(nil)
+	}
+}
+
+func (r *readRounds) round(err error) {
+	r.mu.Lock()
+	waiting := r.waiting
+	r.waiting = nil
+	r.mu.Unlock()
+	if len(waiting) == 0 {
+		return
+	}
+	if err == nil {
+		ctx, cancel := context.WithTimeout(context.Background(), readTimeout)
+		err = r.evidence(ctx, r.now())
+		cancel()
+	}
+	for _, done := range waiting {
+		done(err)
+	}
+}
+
+// Query reads the applied state. The answer is linearizable: it holds everything that was acknowledged before
+// the call.
+func (n *Node) Query(ctx context.Context, q engine.Query) (engine.Answer, error) {
+	for {
+		answer, err := n.tryQuery(ctx, &q)
+		if err == nil {
+			return answer, nil
+		}
+		switch errs.CodeOf(err) {
+		case errs.NotLeader, errs.NoLeader:
+		default:
+			return engine.Answer{}, err
+		}
+		if n.closing.Load() {
+			return engine.Answer{}, errs.Of(errs.Draining)
+		}
+		select {
+		case <-ctx.Done():
+			e := errs.From(err)
+			e.RetryAfter = time.Second
+			return engine.Answer{}, e
+		case <-time.After(againDelay):
+		case <-n.stop:
+			return engine.Answer{}, errs.Of(errs.Draining)
+		}
+	}
+}
+
+// tryQuery asks the leader of the moment once.
+func (n *Node) tryQuery(ctx context.Context, q *engine.Query) (engine.Answer, error) {
+	_, leader := n.raft.LeaderWithID()
+	switch engine.NodeID(leader) {
+	case "":
+		return engine.Answer{}, errs.Of(errs.NoLeader)
+	case n.id:
+		return n.readLocal(ctx, q)
+	}
+	reply, err := n.mesh.Call(ctx, peerID(engine.NodeID(leader)), kindQuery, engine.AppendQuery(nil, q))
+	if err != nil {
+		return engine.Answer{}, errs.Of(errs.NotLeader).With(err)
+	}
+	r := wireReader{b: reply}
+	code := errs.Code(r.uvarint())
+	if r.bad {
+		return engine.Answer{}, errs.Of(errs.NotLeader).With(errMalformed)
+	}
+	if code != errs.OK {
+		return engine.Answer{}, &errs.Error{Code: code, Message: string(r.b)}
+	}
+	a, err := engine.DecodeAnswer(r.b)
+	if err != nil {
+		return engine.Answer{}, errs.Of(errs.Internal).With(err)
+	}
+	return a, nil
+}
+
+// readLocal reads on the node that leads.
+func (n *Node) readLocal(ctx context.Context, q *engine.Query) (engine.Answer, error) {
+	if n.openTerm.Load() == 0 {
+		return engine.Answer{}, errs.Of(errs.NotLeader)
+	}
+	confirmed := make(chan error, 1)
+	n.reads.confirm(func(err error) { confirmed <- err })
+	select {
+	case err := <-confirmed:
+		if err != nil {
+			return engine.Answer{}, errs.Of(errs.NotLeader).With(err)
+		}
+	case <-ctx.Done():
+		return engine.Answer{}, errs.Of(errs.NotLeader).With(ctx.Err())
+	}
+	query := *q
+	if query.Now == 0 {
+		query.Now = n.clock.now().Cluster
+	}
+	a, err := n.eng.Query(query)
+	if err != nil {
+		return engine.Answer{}, errs.From(err)
+	}
+	return a, nil
+}
+
+// serveQuery answers another node.
+func (n *Node) serveQuery(ctx context.Context, body []byte) ([]byte, error) {
+	q, err := engine.DecodeQuery(body)
+	if err != nil {
+		return nil, err
+	}
+	a, err := n.readLocal(ctx, &q)
+	if err != nil {
+		e := errs.From(err)
+		return append(binary.AppendUvarint(nil, uint64(e.Code)), e.Text()...), nil
+	}
+	return engine.AppendAnswer(binary.AppendUvarint(nil, uint64(errs.OK)), &a), nil
+}

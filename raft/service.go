@@ -1,0 +1,408 @@
+package raft
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"slices"
+	"time"
+
+	hraft "github.com/hashicorp/raft"
+
+	"tercet.dev/tercet/engine"
+	"tercet.dev/tercet/internal/errs"
+	"tercet.dev/tercet/internal/limits"
+)
+
+// This file is what a node does while it leads.
+
+// accept takes an op on the node that leads, from its own intake or another node's.
+func (n *Node) accept(o *op) {
+	if o.receive != nil && n.coal.isOpen() {
+		// A poll that finds nothing costs no entry: it is answered, or parked, from the applied state. It has
+		// to be proposed when it creates the group, and engine.Park says no to that.
+		place := parked
+		park := func() { place = n.coal.lot.add(o) }
+		if o.parkUntil.IsZero() {
+			park = func() { place = timeOver }
+		}
+		empty, err := n.eng.Park(o.receive, n.clock.now(), park)
+		if err != nil {
+			n.fatal(err)
+			o.endAgain(false)
+			return
+		}
+		if empty {
+			n.placed(o, place)
+			return
+		}
+	}
+	n.coal.enqueue(o)
+}
+
+// placed ends a receive that could not be parked.
+func (n *Node) placed(o *op, place parking) {
+	switch place {
+	case timeOver:
+		n.foundNothing(o)
+	case lotClosed:
+		o.endAgain(false)
+	}
+}
+
+// foundNothing answers a receive for which nothing was deliverable, once it is certain that this node led when it
+// looked (decision 13).
+func (n *Node) foundNothing(o *op) {
+	if o.dropped.Load() {
+		o.end(outcome{kind: stillWaiting})
+		return
+	}
+	n.reads.confirm(func(err error) {
+		if err != nil {
+			o.endAgain(false)
+			return
+		}
+		o.end(outcome{kind: stillWaiting})
+	})
+}
+
+// settle hands the results of an applied entry on. It runs on the apply goroutine, between this apply and the
+// next: that is what makes parking here safe (R8).
+func (n *Node) settle(b *batch, index, term uint64, results []engine.Result) {
+	zones := 0
+	for i, o := range b.ops {
+		o.result, o.index, o.term = results[i], index, term
+		switch {
+		case o.result.Parked:
+			// Nothing is recorded under the number: it has not been proposed, as far as anyone can tell.
+			o.phase.Store(phaseQueued)
+			n.placed(o, n.coal.lot.add(o))
+			continue
+		case o.result.Code == errs.OK && (o.require == AllZones || o.require == Default && o.kind == engine.CmdPublish):
+			n.acks.add(o, n.cfg.Durability)
+			continue
+		}
+		if !o.parkUntil.IsZero() {
+			n.coal.lot.done(o)
+			if len(o.result.Deliveries) > 0 {
+				n.coal.lot.wake(o.ref) // there may be more
+			}
+		}
+		if zones == 0 {
+			zones = n.marks().holding(index)
+		}
+		o.end(outcome{kind: replied, zones: zones})
+	}
+	n.acks.advance()
+}
+
+// noteEffects acts on what an apply changed. Followers only keep track.
+func (n *Node) noteEffects(fx *engine.Effects) {
+	if fx.InSync {
+		set := n.eng.InSync()
+		n.inSync.Store(&set)
+		n.policyMu.Lock()
+		n.policy.observe(n.now(), set)
+		n.policyMu.Unlock()
+		n.metrics.inSync.Set(float64(len(set.Nodes)))
+		n.acks.advance()
+	}
+	for _, ref := range fx.Deliverable {
+		n.coal.lot.wake(ref)
+	}
+	for _, ref := range fx.Due {
+		n.coal.lot.touch(ref)
+	}
+}
+
+// applied is called after each batch that was applied.
+func (n *Node) applied() {
+	index, _ := n.eng.Applied()
+	n.logs.StageCommit(index)
+	n.meter.note(index, n.wal.Written())
+	if n.clusterID.Load() == nil {
+		if id := n.eng.ClusterID(); id != "" {
+			n.foundedAs(id)
+		}
+	}
+	n.appliedSignal.broadcast()
+}
+
+// marks returns what each voter has on disk.
+func (n *Node) marks() watermarks {
+	w := watermarks{voters: make(map[engine.NodeID]uint64, 3)}
+	for _, s := range n.configuration().Servers {
+		if s.Suffrage == hraft.Voter {
+			w.voters[engine.NodeID(s.ID)] = n.match(engine.NodeID(s.ID))
+		}
+	}
+	return w
+}
+
+// watermark returns the watermarks of the in-sync set and of all voters.
+func (n *Node) watermark() (inSync, all uint64) {
+	w := n.marks()
+	set := n.inSync.Load()
+	if set == nil {
+		return 0, w.all()
+	}
+	return w.of(set.Nodes), w.all()
+}
+
+// complete reports whether every voter is in the in-sync set, and which zones are not.
+func (n *Node) complete() (missing []string) {
+	set := n.inSync.Load()
+	for _, s := range n.configuration().Servers {
+		if s.Suffrage == hraft.Voter && (set == nil || !slices.Contains(set.Nodes, engine.NodeID(s.ID))) {
+			missing = append(missing, n.directory.zone(engine.NodeID(s.ID)))
+		}
+	}
+	return missing
+}
+
+// refuse says why an op must not be proposed now (decisions 10, 26).
+func (n *Node) refuse(o *op) *errs.Error {
+	if o.kind != engine.CmdPublish {
+		return nil
+	}
+	if o.require == AllZones || o.require == Default && n.cfg.Durability == All {
+		if missing := n.complete(); len(missing) > 0 {
+			e := errs.New(errs.ZonesUnavailable, "durability all was asked for and zone %s is away", missing[0])
+			e.RetryAfter = time.Second
+			return e
+		}
+	}
+	if name := n.fullDisk.Load(); name != nil {
+		e := errs.New(errs.DiskFull, "the disk of node %s has reached its reserve", *name)
+		e.RetryAfter = 5 * time.Second
+		return e
+	}
+	return nil
+}
+
+// leadership follows hraft's notifications.
+func (n *Node) leadership() {
+	for {
+		select {
+		case leads := <-n.notify:
+			n.metrics.leaderChanges.Inc()
+			if leads {
+				n.lead()
+			} else {
+				n.follow()
+			}
+		case <-n.stop:
+			return
+		}
+	}
+}
+
+// lead begins to serve: ops gather until an entry of this term has been applied, since only then the state is
+// certain to hold everything that was acknowledged before (R6).
+func (n *Node) lead() {
+	n.serviceMu.Lock()
+	defer n.serviceMu.Unlock()
+	if n.closing.Load() || n.stalled.Load() {
+		return
+	}
+	term := n.raft.CurrentTerm()
+	now := n.now()
+	since := make(map[engine.NodeID]time.Time)
+	voters := n.voters()
+	if former := n.formerLeader(); former != "" {
+		if at := n.lastHeard(former); !at.IsZero() {
+			since[former] = at
+		}
+	}
+	n.policyMu.Lock()
+	n.policy.lead(now, voters, since)
+	n.policyMu.Unlock()
+	n.acks.setClosed(false)
+	n.coal.setMode(gathering)
+	n.metrics.isLeader.Set(1)
+	n.log.Info("leading", "term", term)
+
+	var cmd engine.Command = &engine.Tick{}
+	if n.eng.ClusterID() == "" {
+		var b [48]byte
+		_, _ = rand.Read(b[:]) // never fails, by its contract
+		cmd = &engine.Init{ClusterID: hex.EncodeToString(b[:16]), Secret: b[16:], Level: engine.LevelMax()}
+		if id := n.refound; id != "" {
+			cmd = &engine.Init{ClusterID: id, Secret: b[16:], Level: engine.LevelMax()}
+		}
+	}
+	n.coal.enqueue(&op{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority, urgent: true,
+		from: originFunc(func(o *op, out outcome) {
+			if out.kind == replied {
+				n.opened(o.term)
+			}
+		})})
+}
+
+// originFunc makes a function an origin.
+type originFunc func(*op, outcome)
+
+func (f originFunc) finish(o *op, out outcome) { f(o, out) }
+
+// opened opens the service: an entry of the term was applied.
+func (n *Node) opened(term uint64) {
+	// Runs on the apply goroutine, which must not wait for serviceMu: lead and follow hold it only briefly, and
+	// never while they wait for an apply.
+	n.serviceMu.Lock()
+	defer n.serviceMu.Unlock()
+	if n.raft.State() != hraft.Leader || n.stalled.Load() || n.closing.Load() {
+		return
+	}
+	n.openTerm.Store(term)
+	mode := open
+	if n.draining.Load() {
+		mode = paused
+	}
+	n.coal.setMode(mode)
+	n.log.Info("open for service", "term", term)
+}
+
+// follow ends the service: what is queued, parked, in flight or waiting for the watermark goes back to where it
+// came from, to be brought to the next leader under its number.
+func (n *Node) follow() {
+	n.serviceMu.Lock()
+	defer n.serviceMu.Unlock()
+	n.closeService()
+	n.metrics.isLeader.Set(0)
+}
+
+func (n *Node) closeService() {
+	n.openTerm.Store(0)
+	n.coal.setMode(closed)
+	n.acks.setClosed(true)
+	n.policyMu.Lock()
+	n.policy.follow()
+	n.policyMu.Unlock()
+}
+
+// policyEvery is how often the in-sync policy, the stall watchdog and the router look.
+const policyEvery = 25 * time.Millisecond
+
+// tick runs what has to be looked at regularly, and when a link reports something.
+func (n *Node) tick() {
+	t := time.NewTicker(policyEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-n.stop:
+			return
+		case <-t.C:
+		case <-n.evidence:
+		}
+		n.watchDisk()
+		n.updateRoute()
+		n.stepPolicy()
+		n.stepMembership()
+	}
+}
+
+// watchDisk gives up service while the disk is stalled (decision 5). The transport withholds heartbeats by the
+// same measure.
+func (n *Node) watchDisk() {
+	_, oldest := n.wal.Unsynced()
+	stalled := oldest > limits.StallMax
+	if stalled == n.stalled.Load() {
+		return
+	}
+	n.serviceMu.Lock()
+	n.stalled.Store(stalled)
+	if stalled {
+		n.log.Error("the disk is stalled: closing for service", "unsynced_for", oldest)
+		n.closeService()
+	}
+	n.serviceMu.Unlock()
+	if !stalled {
+		n.log.Warn("the disk answers again")
+		if n.raft.State() == hraft.Leader {
+			n.lead()
+		}
+	}
+}
+
+// stepPolicy proposes changes of the in-sync set.
+func (n *Node) stepPolicy() {
+	if n.openTerm.Load() == 0 || n.raft.State() != hraft.Leader {
+		return
+	}
+	head := n.logs.Last()
+	now := n.now()
+	var views []voterView
+	for _, s := range n.configuration().Servers {
+		id := engine.NodeID(s.ID)
+		if id == n.id || s.Suffrage != hraft.Voter {
+			continue
+		}
+		match := n.match(id)
+		views = append(views, voterView{ID: id, Match: match, BehindBytes: n.meter.between(match, head, n.wal.Written()),
+			Connected: n.mesh.Connected(peerID(id)), Refused: n.refusing(id)})
+	}
+	n.policyMu.Lock()
+	change, ok := n.policy.step(now, n.id, head, views)
+	if ok && !change.Out && change.Node == n.id && n.draining.Load() {
+		ok = false // it has just left on purpose
+	}
+	n.policyMu.Unlock()
+	if !ok {
+		return
+	}
+	var cmd engine.Command = &engine.Expand{Node: change.Node, Epoch: change.Epoch}
+	if change.Out {
+		n.log.Warn("zone is away: leaving it out of the in-sync set", "node", change.Node, "zone", n.directory.zone(change.Node))
+		cmd = &engine.Shrink{Node: change.Node, Epoch: change.Epoch}
+	} else {
+		n.log.Info("taking zone into the in-sync set", "node", change.Node, "zone", n.directory.zone(change.Node))
+	}
+	n.coal.enqueue(&op{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority, urgent: true,
+		from: originFunc(func(*op, outcome) {})})
+}
+
+// updateRoute tells the intake who leads.
+func (n *Node) updateRoute() {
+	_, id := n.raft.LeaderWithID()
+	node := engine.NodeID(id)
+	if node != "" && node != n.lastLeader {
+		n.former, n.lastLeader = n.lastLeader, node
+	}
+	if node == n.id && n.stalled.Load() {
+		node = ""
+	}
+	r := route{node: node, term: n.raft.CurrentTerm()}
+	n.intake.setRoute(r)
+	if node != "" {
+		n.openIntake(r)
+	}
+}
+
+// openIntake opens this process's intake when it is not: at start, and after the cluster closed it.
+func (n *Node) openIntake(r route) {
+	if n.intake.isOpen() {
+		n.opening.number = 0
+		return
+	}
+	now := n.now()
+	if n.opening.route == r && now.Before(n.opening.next) {
+		return
+	}
+	if n.opening.number == 0 {
+		// A nonce per opening: repeats of one give the same intake.
+		var b [8]byte
+		_, _ = rand.Read(b[:]) // never fails, by its contract
+		for i, v := range b {
+			n.opening.number |= uint64(v) << (8 * i)
+		}
+		n.opening.number |= 1
+	}
+	n.opening.route, n.opening.next = r, now.Add(250*time.Millisecond)
+	cmd := &engine.OpenIntake{Node: n.id, Nonce: n.opening.number}
+	o := &op{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority, repeat: true}
+	o.from = originFunc(func(o *op, out outcome) {
+		if out.kind == replied && o.result.Code == errs.OK && o.result.Intake != 0 {
+			n.intake.opened(o.result.Intake)
+		}
+	})
+	n.outbox.send(r.node, []*op{o})
+}
