@@ -1,10 +1,6 @@
 package raft
 
-import (
-	"sync"
-
-	"tercet.dev/tercet/engine"
-)
+import "sync"
 
 // acks holds the publishes that are applied and wait for the disks of the zones they require (R4). Applied in
 // the order of their entries, they wait in that order, one queue for each requirement.
@@ -95,42 +91,4 @@ func (a *acks) waiting() int {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return len(a.inSync) + len(a.all)
-}
-
-// watermarks computes the two watermarks and zone counts from the marks of the voters.
-type watermarks struct {
-	// voters are the members that vote, by id, with what each has on disk in this term.
-	voters map[engine.NodeID]uint64
-}
-
-// of returns the lowest mark of the given nodes that are voters. A set without voters reaches everything: the
-// floor under any acknowledgement is the commit itself.
-func (w watermarks) of(nodes []engine.NodeID) uint64 {
-	low := ^uint64(0)
-	for _, id := range nodes {
-		if m, ok := w.voters[id]; ok {
-			low = min(low, m)
-		}
-	}
-	return low
-}
-
-// all returns the lowest mark of all voters.
-func (w watermarks) all() uint64 {
-	low := ^uint64(0)
-	for _, m := range w.voters {
-		low = min(low, m)
-	}
-	return low
-}
-
-// holding counts the voters that have index on disk.
-func (w watermarks) holding(index uint64) int {
-	n := 0
-	for _, m := range w.voters {
-		if m >= index {
-			n++
-		}
-	}
-	return n
 }

@@ -131,6 +131,13 @@ func (c *coalescer) enqueue(o *op) {
 	}
 }
 
+// isOpen reports whether ops are being proposed.
+func (c *coalescer) isOpen() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.mode == open
+}
+
 // setMode changes what happens to ops. Closing sends everything queued, parked and in flight back to the
 // origins: they bring it to the next leader under the same numbers.
 func (c *coalescer) setMode(m serviceMode) {

@@ -53,10 +53,7 @@ type intake struct {
 	sender sender
 	now    func() time.Time
 	// release gives back what an abandoned receive was given.
-	release func(call *call, deliveries []engine.Delivery)
-	// reopen is called when the cluster closed the intake.
-	reopen func()
-
+	release  func(call *call, deliveries []engine.Delivery)
 	bytesMax int64
 
 	mu      sync.Mutex
@@ -108,7 +105,7 @@ type call struct {
 
 func newIntake(self engine.NodeID, s sender, now func() time.Time, bytesMax int64) *intake {
 	return &intake{self: self, sender: s, now: now, bytesMax: bytesMax, calls: make([]*call, 256), lowest: 1, next: 1,
-		kick: make(chan struct{}, 1), release: func(*call, []engine.Delivery) {}, reopen: func() {}}
+		kick: make(chan struct{}, 1), release: func(*call, []engine.Delivery) {}}
 }
 
 // do sees a command to its outcome.
@@ -278,7 +275,6 @@ func (in *intake) complete(number uint64, attempt uint32, reply Reply, out outco
 		if reply.Code == errs.IntakeClosed {
 			in.closedLocked(c)
 			in.mu.Unlock()
-			in.reopen()
 			return
 		}
 		abandoned := !c.abandoned.IsZero()
@@ -408,6 +404,22 @@ func (in *intake) opened(id engine.IntakeID) {
 	defer in.mu.Unlock()
 	in.id = id
 	in.kickLocked()
+}
+
+// isOpen reports whether the cluster knows this intake.
+func (in *intake) isOpen() bool {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return in.id != 0
+}
+
+// refuse takes no new calls from now on.
+func (in *intake) refuse(err *errs.Error) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if in.closing == nil {
+		in.closing = err
+	}
 }
 
 func (in *intake) kickLocked() {

@@ -49,7 +49,7 @@ func (n *Node) stepMembership() {
 	}
 	n.membersNext = now.Add(membershipEvery)
 	config := n.configuration()
-	voterOf := make(map[string]engine.NodeID)  // by name
+	voterOf := make(map[string]engine.NodeID)   // by name
 	zoneVoter := make(map[string]engine.NodeID) // by zone
 	for _, s := range config.Servers {
 		if s.Suffrage == hraft.Voter {
@@ -113,11 +113,7 @@ func (n *Node) change(what string, do func() hraft.IndexFuture) {
 // await waits for one of hraft's futures, or for the node to stop.
 func (n *Node) await(f hraft.Future) error {
 	done := make(chan error, 1)
-	n.futures.Add(1)
-	go func() {
-		defer n.futures.Done()
-		done <- f.Error()
-	}()
+	go func() { done <- f.Error() }()
 	select {
 	case err := <-done:
 		return err

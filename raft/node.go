@@ -2,96 +2,681 @@ package raft
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"math"
+	"net"
+	"slices"
+	"sync"
+	"sync/atomic"
 	"time"
 
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/hashicorp/go-hclog"
+	hraft "github.com/hashicorp/raft"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"tercet.dev/tercet/engine"
 	"tercet.dev/tercet/internal/errs"
+	"tercet.dev/tercet/raft/logstore"
+	"tercet.dev/tercet/raft/peer"
+	"tercet.dev/tercet/raft/transport"
+	"tercet.dev/tercet/wal"
+	"tercet.dev/tercet/wal/disk"
+)
+
+// shard is the one shard of this release. Log records, frames and message IDs carry its number.
+const shard uint16 = 0
+
+// Timing of the raft library. An election starts after half a second without a heartbeat; a leader that reaches no
+// majority steps down before that.
+const (
+	heartbeatTimeout = 500 * time.Millisecond
+	leaseTimeout     = 400 * time.Millisecond
+	commitTimeout    = 250 * time.Millisecond
+	// maxAppendEntries bounds a request by count; entries are bounded in bytes.
+	maxAppendEntries = 16
+	// never is longer than any process lives, and doubles without overflow.
+	never = 50 * 365 * 24 * time.Hour
 )
 
 // testHooks are what tests replace in a Config.
-type testHooks struct{}
+type testHooks struct {
+	disk disk.FS
+	fs   vfs.FS
+	dial func(ctx context.Context, address string) (net.Conn, error)
+	wall func() time.Time
+	// checkpointLogBytes overrides the engine's.
+	checkpointLogBytes int64
+	// keepLogBytes overrides keepLogBytes, when not zero.
+	keepLogBytes int64
+	direct       wal.DirectMode
+}
 
 // A Node is one member of the cluster. Its methods may be called from any goroutine.
 type Node struct {
-	cfg      Config
-	registry *prometheus.Registry
-	done     chan struct{}
+	cfg Config
+	log hclog.Logger
+	id  engine.NodeID
+
+	dir       *dataDir
+	wal       *wal.WAL
+	eng       *engine.Engine
+	logs      *logs
+	mesh      *peer.Mesh
+	trans     atomic.Pointer[transport.Transport]
+	raft      *hraft.Raft
+	notify    chan bool
+	machine   *machine
+	snaps     *snapshots
+	directory *directory
+	metrics   *metrics
+
+	clock  *clusterClock
+	coal   *coalescer
+	acks   *acks
+	intake *intake
+	outbox *outbox
+	inbox  inbox
+	reads  *readRounds
+	meter  logMeter
+
+	// serviceMu orders the openings and closings of the service.
+	serviceMu sync.Mutex
+	// openTerm is the term in which this node is open for service as leader, 0 while it is not.
+	openTerm atomic.Uint64
+	stalled  atomic.Bool
+	draining atomic.Bool
+	closing  atomic.Bool
+	ready    atomic.Bool // hraft runs
+	changing atomic.Bool // a membership change is under way
+
+	policyMu sync.Mutex
+	policy   *zonePolicy
+	inSync   atomic.Pointer[engine.InSync]
+	// fullDisk names a node of the in-sync set that has reached its disk reserve.
+	fullDisk  atomic.Pointer[string]
+	clusterID atomic.Pointer[string]
+	config    atomic.Pointer[hraft.Configuration]
+
+	// evidence wakes tick when a link reports something.
+	evidence chan struct{}
+	refused  sync.Map // engine.NodeID → time.Time of the refusal
+
+	exchangeKick chan struct{}
+
+	// lastLeader and former are the leader this node knew last and the one before; guarded by policyMu.
+	lastLeader, former engine.NodeID
+	// Of tick alone.
+	membersNext time.Time
+	opening     struct {
+		number uint64
+		route  route
+		next   time.Time
+	}
+
+	strangersMu sync.Mutex
+	strangers   map[engine.NodeID]stranger
+
+	foundingPtr   atomic.Pointer[founding]
+	appliedSignal signal
+	quiet         sync.Map // string → time.Time of the last such line
+
+	stop chan struct{}
+	wg   sync.WaitGroup
+	done chan struct{}
+
+	errMu     sync.Mutex
+	err       error
+	closeOnce sync.Once
+	closeErr  error
+}
+
+// logs is this node's log, with what the node asks of it.
+type logs struct {
+	*logstore.Store
+	shard *wal.Shard
+}
+
+// Last returns the last index of the log.
+func (l *logs) Last() uint64 { return l.shard.Last() }
+
+// fill checks a Config and fills the defaults.
+func (c *Config) fill() error {
+	switch {
+	case !validName(c.Name):
+		return fmt.Errorf("node id %q: use 1 to 64 letters, digits, - and _", c.Name)
+	case c.Dir == "":
+		return errors.New("no data directory given")
+	case c.PeerAddr == "":
+		return errors.New("no peer address given")
+	case len(c.Peers) > 0 && len(c.Join) > 0:
+		return errors.New("give either founding peers or nodes to join, not both")
+	}
+	if len(c.Peers) > 0 {
+		names := make(map[string]bool)
+		addrs := make(map[string]bool)
+		for _, p := range c.Peers {
+			switch {
+			case !validName(p.Name) || p.Addr == "":
+				return fmt.Errorf("founding peer %q=%q is not a node id and an address", p.Name, p.Addr)
+			case names[p.Name] || addrs[p.Addr]:
+				return fmt.Errorf("founding peer %s or its address %s is listed twice", p.Name, p.Addr)
+			}
+			names[p.Name], addrs[p.Addr] = true, true
+		}
+		if !names[c.Name] {
+			return fmt.Errorf("the founding peers do not list this node, %s", c.Name)
+		}
+	}
+	if c.Zone == "" {
+		c.Zone = c.Name
+	}
+	if c.ZoneTimeout <= 0 {
+		c.ZoneTimeout = zoneTimeoutDefault
+	}
+	if c.WALSegmentSize == 0 {
+		c.WALSegmentSize = wal.SegmentSizeDefault
+	}
+	if c.MemoryBudget <= 0 {
+		c.MemoryBudget = defaultMemoryBudget()
+	}
+	if c.Logger == nil {
+		c.Logger = hclog.NewNullLogger()
+	}
+	if c.test.disk == nil {
+		c.test.disk = disk.OS()
+	}
+	if c.test.fs == nil {
+		c.test.fs = vfs.Default
+	}
+	if c.test.wall == nil {
+		c.test.wall = time.Now
+	}
+	return nil
 }
 
 // Start opens the data directory, rebuilds the state, and takes part in the cluster. It returns once the node
 // runs, which may be before a leader is known (see Ready); with empty directories it waits, until ctx ends, for
 // the founding members or for admission.
 func Start(ctx context.Context, cfg Config) (*Node, error) {
-	return nil, errs.Of(errs.Unsupported)
+	if err := cfg.fill(); err != nil {
+		closeAll(cfg.PeerListeners)
+		return nil, err
+	}
+	n := &Node{
+		cfg: cfg, log: cfg.Logger.Named("raft").With("node", cfg.Name),
+		notify: make(chan bool, 64), evidence: make(chan struct{}, 1), exchangeKick: make(chan struct{}, 1),
+		strangers: make(map[engine.NodeID]stranger), stop: make(chan struct{}), done: make(chan struct{}),
+		policy: newZonePolicy(cfg.ZoneTimeout),
+	}
+	n.inbox.ops = make(map[forwardKey]*op)
+	n.machine = &machine{n: n}
+	n.appliedSignal.init()
+	n.config.Store(&hraft.Configuration{})
+	if err := n.start(ctx); err != nil {
+		n.setErr(err)
+		return nil, errors.Join(err, n.Close())
+	}
+	return n, nil
+}
+
+// start brings the parts up, from the disk to the network. What it leaves in the Node is what Close takes down.
+func (n *Node) start(ctx context.Context) error {
+	cfg := &n.cfg
+	var err error
+	n.metrics = newMetrics(n)
+	if n.dir, err = openDataDir(cfg.test.disk, cfg.Dir, cfg.Name); err != nil {
+		closeAll(cfg.PeerListeners)
+		return err
+	}
+	n.id = n.dir.id.id()
+	n.log = n.log.With("incarnation", n.dir.id.Incarnation)
+	n.directory = openDirectory(n.dir)
+	listener, err := listen(cfg.PeerAddr, cfg.PeerListeners)
+	if err != nil {
+		return err
+	}
+	n.mesh = peer.New(peer.Options{ID: peerID(n.id), Zone: cfg.Zone, Cluster: n.dir.id.Cluster, Listener: listener,
+		Dial: cfg.test.dial, Logger: n.log, Observe: n.observe, Forward: n.forward, Introduce: n.introduce})
+	if err := n.openStorage(); err != nil {
+		return err
+	}
+	if err := n.recoverState(); err != nil {
+		return err
+	}
+	n.buildService()
+	n.mesh.Start()
+	if err := n.takePart(ctx); err != nil {
+		return err
+	}
+	if n.raft, err = hraft.NewRaft(n.raftConfig(), n.machine, n.logs, n.logs, n.snaps, n.trans.Load()); err != nil {
+		return fmt.Errorf("starting raft: %w", err)
+	}
+	n.ready.Store(true)
+	n.spawn(n.leadership)
+	n.spawn(n.tick)
+	n.spawn(n.exchange)
+	n.spawn(n.checkpoints)
+	n.spawn(func() { n.coal.run(n.stop) })
+	n.spawn(func() { n.intake.run(n.stop) })
+	n.spawn(func() {
+		n.reads.run(n.stop)
+	})
+	return nil
+}
+
+// openStorage opens the log and the store.
+func (n *Node) openStorage() error {
+	cfg := &n.cfg
+	budget := cfg.MemoryBudget
+	memTable := min(max(budget/16, 4<<20), 32<<20)
+	reserve := cfg.DiskReserve
+	if reserve == 0 {
+		reserve = max(defaultDiskReserve(cfg.Dir), 2*memTable)
+	}
+	cfg.DiskReserve = max(reserve, memTable)
+	var err error
+	n.wal, err = wal.Open(wal.Options{Dir: n.dir.join(walDirName), FS: cfg.test.disk, SegmentSize: cfg.WALSegmentSize,
+		RingBytes: max(budget/8, 8<<20), Reserve: cfg.DiskReserve, Logger: n.log, Direct: cfg.test.direct,
+		OnFatal:     func(err error) { n.fatal(fmt.Errorf("write-ahead log: %w", err)) },
+		ObserveSync: func(d time.Duration, _ int) { n.metrics.fsync.Observe(d.Seconds()) }})
+	if err != nil {
+		if errors.Is(err, wal.ErrCorrupt) {
+			return &StartError{Kind: ErrDamaged, Message: "the write-ahead log is damaged", Remedy: replaceRemedy(cfg.Name), Cause: err}
+		}
+		return err
+	}
+	n.eng, err = engine.Open(engine.Options{Dir: n.dir.join(storeDirName), FS: cfg.test.fs, Shard: shard,
+		CacheBytes: max(budget/4, 8<<20), MemTableBytes: memTable, RecentBytes: max(budget/8, 4<<20),
+		CheckpointLogBytes: cfg.test.checkpointLogBytes, Logger: n.log,
+		OnFatal: func(err error) { n.fatal(fmt.Errorf("store: %w", err)) }})
+	if err != nil {
+		if _, damaged := errors.AsType[*engine.CorruptError](err); damaged {
+			return &StartError{Kind: ErrDamaged, Message: "the store is damaged", Remedy: replaceRemedy(cfg.Name), Cause: err}
+		}
+		return err
+	}
+	n.snaps = newSnapshots(n.eng, func() (int64, error) {
+		s, err := n.wal.Space()
+		return s.Free - s.Reserve, err
+	}, n.log)
+	return nil
+}
+
+// recoverState opens the log as raft sees it and rebuilds the state from it (decision 1).
+func (n *Node) recoverState() error {
+	durable := n.eng.Durable()
+	var base hraft.Configuration
+	if len(durable.Configuration) > 0 {
+		base = hraft.DecodeConfiguration(durable.Configuration)
+	}
+	s := n.wal.Shard(shard)
+	store, err := logstore.Open(logstore.Options{WAL: n.wal, Shard: s, Base: base, BaseIndex: durable.ConfigurationIndex,
+		OnConfiguration: n.configured,
+		OnTerm: func(term uint64) {
+			if t := n.trans.Load(); t != nil {
+				t.ObserveTerm(term)
+			}
+		},
+		OnDurable: func() {
+			if t := n.trans.Load(); t != nil {
+				t.LogDurable()
+			}
+		},
+		RetainFrom: n.retainFrom, Logger: n.log})
+	if err != nil {
+		return damaged(n.cfg.Name, err)
+	}
+	n.logs = &logs{Store: store, shard: s}
+	if _, err := store.Reconcile(durable.Index, durable.Term); err != nil {
+		return damaged(n.cfg.Name, err)
+	}
+	n.trans.Store(transport.New(transport.Options{Mesh: n.mesh, Shard: shard, Address: hraft.ServerAddress(n.cfg.PeerAddr),
+		Log: store, WAL: n.wal, OnAdvance: func(transport.Advance) { n.acks.advance() }, Logger: n.log}))
+	// What the marks hold was told to the store's callbacks before there was a transport.
+	index, config := store.Configuration()
+	n.configured(index, config)
+
+	n.clock = newClusterClock(time.Now, n.cfg.test.wall, n.cfg.VirtualClock, n.eng.Stamp())
+	n.acks = &acks{watermark: n.watermark, zones: n.holding, closed: true}
+	n.coal = newCoalescer(coalescerEnv{
+		stamp: n.clock.now, level: n.eng.Level,
+		propose: func(entry []byte) { n.raft.ApplyLog(hraft.Log{Data: entry}, 0) },
+		pressed: n.pressed, refuse: n.refuse, eng: n.eng, fatal: n.fatal,
+	}, max(n.cfg.MemoryBudget/8, 16<<20))
+	n.coal.lot.expired = n.foundNothing
+	set := n.eng.InSync()
+	n.inSync.Store(&set)
+	n.policy.observe(n.now(), set)
+	first, _ := n.eng.Applied()
+	through, err := store.ReplayCommitted(first, n.machine.apply)
+	if err != nil {
+		if _, corrupt := errors.AsType[*wal.CorruptionError](err); corrupt {
+			return damaged(n.cfg.Name, err)
+		}
+		return fmt.Errorf("replaying the log: %w", err)
+	}
+	if through > first {
+		n.log.Info("replayed the log", "from", first+1, "through", through)
+	}
+	// What was replayed was received when this process began, as far as clocks go.
+	n.clock = newClusterClock(time.Now, n.cfg.test.wall, n.cfg.VirtualClock, n.eng.Stamp())
+	n.coal.env.stamp = n.clock.now
+	n.sinceSync()
+	if have := n.eng.ClusterID(); have != "" {
+		if known := n.dir.id.Cluster; known != "" && known != have {
+			return &StartError{Kind: ErrForeign, Message: fmt.Sprintf("%s holds the state of cluster %s and the identity of cluster %s", n.cfg.Dir, have, known),
+				Remedy: replaceRemedy(n.cfg.Name)}
+		}
+		n.foundedAs(have)
+	}
+	return nil
+}
+
+// damaged makes an error about log and store a refusal to start.
+func damaged(name string, err error) error {
+	return &StartError{Kind: ErrDamaged, Message: "log and store do not fit together", Remedy: replaceRemedy(name), Cause: err}
+}
+
+// sinceSync publishes the set as recovered.
+func (n *Node) sinceSync() {
+	set := n.eng.InSync()
+	n.inSync.Store(&set)
+	n.metrics.inSync.Set(float64(len(set.Nodes)))
+	n.requireSet(set)
+}
+
+// requireSet tells the watermark whom acknowledgements wait for.
+func (n *Node) requireSet(set engine.InSync) {
+	t := n.trans.Load()
+	if t == nil {
+		return
+	}
+	ids := make([]hraft.ServerID, len(set.Nodes))
+	for i, id := range set.Nodes {
+		ids[i] = hraft.ServerID(id)
+	}
+	t.Watermark().SetRequired(ids...)
+}
+
+// buildService makes what serves commands and reads.
+func (n *Node) buildService() {
+	n.outbox = &outbox{self: n.id, mesh: n.mesh, now: n.now, local: n.accept, dropLocal: n.dropOp}
+	n.intake = newIntake(n.id, n.outbox, n.now, max(n.cfg.MemoryBudget/8, 16<<20))
+	n.intake.release = n.release
+	n.reads = newReadRounds(n.now, n.evidenceSince)
+}
+
+func (n *Node) raftConfig() *hraft.Config {
+	c := hraft.DefaultConfig()
+	c.LocalID = hraft.ServerID(n.id)
+	c.HeartbeatTimeout, c.ElectionTimeout = heartbeatTimeout, heartbeatTimeout
+	c.LeaderLeaseTimeout, c.CommitTimeout = leaseTimeout, commitTimeout
+	c.MaxAppendEntries = maxAppendEntries
+	c.ShutdownOnRemove = false
+	c.NoSnapshotRestoreOnStart = true
+	c.SnapshotInterval, c.SnapshotThreshold, c.TrailingLogs = never, math.MaxUint64, 0
+	c.NoLegacyTelemetry = true
+	c.NotifyCh = n.notify
+	c.Logger = n.log.Named("hraft")
+	return c
+}
+
+// configured is told the latest configuration whenever it changes, committed or not.
+func (n *Node) configured(_ uint64, c hraft.Configuration) {
+	c = c.Clone()
+	n.config.Store(&c)
+	n.syncPeers()
+	if t := n.trans.Load(); t != nil {
+		t.SetConfiguration(0, c)
+	}
+}
+
+// syncPeers makes the table of nodes fit the configuration.
+func (n *Node) syncPeers() {
+	peers := transport.Peers(n.configuration())
+	if len(peers) == 0 {
+		return // a node that is joining keeps the table it was given
+	}
+	n.mesh.SetPeers(peers)
+}
+
+// configuration returns the latest configuration.
+func (n *Node) configuration() hraft.Configuration { return *n.config.Load() }
+
+// match returns the index up to which a node's disk holds the log, as far as this leader knows.
+func (n *Node) match(id engine.NodeID) uint64 {
+	return n.trans.Load().Watermark().Match(hraft.ServerID(id))
+}
+
+// waitDurable waits until this node's disk holds the log up to index.
+func (n *Node) waitDurable(index uint64) error { return n.logs.WaitDurable(index, n.stop) }
+
+// evidenceSince waits until a majority answered something sent at or after since (decision 13).
+func (n *Node) evidenceSince(ctx context.Context, since time.Time) error {
+	term := n.openTerm.Load()
+	if term == 0 {
+		return hraft.ErrNotLeader
+	}
+	// Only to have heartbeats sent at once; what it says is not evidence, since it also counts answers to
+	// requests that were sent before.
+	n.raft.VerifyLeader()
+	return n.trans.Load().Watermark().WaitConfirmed(ctx, term, since)
+}
+
+// observe takes what a link found out.
+func (n *Node) observe(e peer.Event) {
+	id := engine.NodeID(e.Peer)
+	switch e.Kind {
+	case peer.PortRefused:
+		if e.Redial {
+			n.refused.Store(id, e.At)
+		}
+	case peer.Up:
+		n.refused.Delete(id)
+	default:
+		return
+	}
+	select {
+	case n.evidence <- struct{}{}:
+	default:
+	}
+}
+
+// refusing reports that a node's port refused the last redial.
+func (n *Node) refusing(id engine.NodeID) bool {
+	_, ok := n.refused.Load(id)
+	return ok
+}
+
+// lastHeard returns when anything last came from a node.
+func (n *Node) lastHeard(id engine.NodeID) time.Time { return n.mesh.LastHeard(peerID(id)) }
+
+// formerLeader returns who led before this node.
+func (n *Node) formerLeader() engine.NodeID {
+	n.policyMu.Lock()
+	defer n.policyMu.Unlock()
+	return n.former
+}
+
+// pressed reports that the log has more unsynced data than it should (decision 5).
+func (n *Node) pressed() bool {
+	bytes, oldest := n.wal.Unsynced()
+	return bytes > unsyncedBytesMax || oldest > unsyncedAgeMax
+}
+
+// load fills the contents of deliveries.
+func (n *Node) load(ds []engine.Delivery) error {
+	if err := n.eng.Load(ds); err != nil {
+		return errs.Of(errs.OutcomeUnknown).With(err)
+	}
+	return nil
+}
+
+// foundedAs notes the cluster's id, once it is known from the replicated state.
+func (n *Node) foundedAs(id string) {
+	n.clusterID.Store(&id)
+	n.mesh.SetCluster(id)
+	if n.dir.id.Cluster == id {
+		return
+	}
+	ident := n.dir.id
+	ident.Cluster = id
+	if err := n.dir.setIdentity(ident); err != nil {
+		n.fatal(fmt.Errorf("writing %s: %w", identityName, err))
+	}
+}
+
+func (n *Node) now() time.Time { return time.Now() }
+
+// running reports whether requests of other nodes can be served.
+func (n *Node) running() bool { return n.ready.Load() && !n.closing.Load() }
+
+// spawn runs f on a goroutine that Close waits for.
+func (n *Node) spawn(f func()) {
+	n.wg.Add(1)
+	go func() {
+		defer n.wg.Done()
+		f()
+	}()
+}
+
+// logEvery logs a warning, at most once in ten seconds for each key.
+func (n *Node) logEvery(key, msg string, args ...any) {
+	now := time.Now()
+	if last, ok := n.quiet.Load(key); ok && now.Sub(last.(time.Time)) < 10*time.Second {
+		return
+	}
+	n.quiet.Store(key, now)
+	n.log.Warn(msg, args...)
 }
 
 // Propose has a command applied and returns its result. Any node takes it; a follower passes it to the leader.
 // Through an election it is held, and repeated under its number on the new leader, until ctx ends. Errors are
-// *errs.Error: an outcome of None means that nothing happened and nothing will.
+// *errs.Error: an outcome of None means that nothing happened and nothing will. A result that refuses the command
+// comes as Reply.Code with a nil error.
 func (n *Node) Propose(ctx context.Context, p Proposal) (Reply, error) {
-	return Reply{}, errs.Of(errs.Unsupported)
+	c := &call{cmd: p.Command, require: p.Require}
+	probe := op{cmd: p.Command}
+	if err := probe.inspect(); err != nil {
+		return Reply{}, errs.Of(errs.BadRequest).With(err)
+	}
+	switch probe.kind {
+	case engine.CmdPublish, engine.CmdReceiveID, engine.CmdSettle, engine.CmdTick, engine.CmdLevel:
+	case engine.CmdReceive:
+		wait := p.Wait > 0
+		if probe.receive.Park != wait {
+			cmd, err := engine.WithPark(p.Command, wait)
+			if err != nil {
+				return Reply{}, errs.From(err)
+			}
+			c.cmd, probe.receive.Park = cmd, wait
+		}
+		if wait {
+			c.since = n.now()
+			c.waitUntil = c.since.Add(p.Wait)
+		}
+	case engine.CmdAdvance:
+		if !n.cfg.VirtualClock {
+			return Reply{}, errs.New(errs.Unsupported, "the clock is not virtual")
+		}
+	default:
+		return Reply{}, errs.New(errs.BadRequest, "command kind %d is not for clients", probe.kind)
+	}
+	c.kind, c.topic, c.ref, c.count, c.receive = probe.kind, probe.topic, probe.ref, probe.count, probe.receive
+	reply, err := n.intake.do(ctx, c)
+	if err != nil {
+		return Reply{}, err
+	}
+	if c.isLocal && len(reply.Deliveries) > 0 {
+		if err := n.load(reply.Deliveries); err != nil {
+			return Reply{}, err
+		}
+	}
+	return reply, nil
 }
 
-// Status returns this node's view of the cluster. It never waits for other nodes.
-func (n *Node) Status() Status { return Status{} }
+// release gives back what a receive was given whose client is gone.
+func (n *Node) release(c *call, ds []engine.Delivery) {
+	var topic, group string
+	switch cmd, err := engine.DecodeCommand(c.cmd); cmd := cmd.(type) {
+	case *engine.Receive:
+		topic, group = cmd.Topic, cmd.Group
+	case *engine.ReceiveID:
+		topic, group = cmd.Topic, cmd.Group
+	default:
+		n.log.Warn("cannot release what an abandoned receive was given", "error", err)
+		return
+	}
+	s := &engine.Settle{Topic: topic, Group: group, Op: engine.Extend}
+	for i := range ds {
+		s.Receipts = append(s.Receipts, ds[i].Receipt)
+	}
+	n.spawn(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), abandonedMax)
+		defer cancel()
+		if _, err := n.Propose(ctx, Proposal{Command: s.AppendTo(nil)}); err != nil && !n.closing.Load() {
+			n.log.Warn("what an abandoned receive was given stays leased until its deadline", "topic", topic, "group", group, "error", err)
+		}
+	})
+}
 
 // Secret returns the cluster's key for receipts and message IDs, nil before the cluster is founded.
-func (n *Node) Secret() []byte { return nil }
-
-// Ready returns nil when requests sent to this node can be expected to succeed, else why not.
-func (n *Node) Ready() error { return errs.Of(errs.NoLeader) }
-
-// Live returns nil unless the process should be restarted. It does not depend on other nodes.
-func (n *Node) Live() error { return nil }
-
-// Drain takes the node out of service without an unknown outcome: it stops proposing, lets what is in flight
-// finish, leaves the in-sync set and hands leadership on. The node still passes requests to the leader until
-// Close.
-func (n *Node) Drain(ctx context.Context) error { return nil }
-
-// Close stops the node. It does not wait for other nodes; call Drain first for a stop without consequences.
-func (n *Node) Close() error { return nil }
+func (n *Node) Secret() []byte { return n.eng.Secret() }
 
 // Done is closed when the node has stopped, after Close or by itself.
 func (n *Node) Done() <-chan struct{} { return n.done }
 
 // Err returns why the node stopped: ErrClosed after Close, else the fatal error. Nil while it runs.
-func (n *Node) Err() error { return nil }
+func (n *Node) Err() error {
+	n.errMu.Lock()
+	defer n.errMu.Unlock()
+	return n.err
+}
+
+func (n *Node) setErr(err error) {
+	n.errMu.Lock()
+	defer n.errMu.Unlock()
+	if n.err == nil {
+		n.err = err
+	}
+}
+
+// fatal stops the node for an error that it must not survive: what is on its disk, or what it applied, may differ
+// from what it promised. It may be called from any goroutine.
+func (n *Node) fatal(err error) {
+	if n.closing.Load() && errors.Is(err, wal.ErrClosed) {
+		return
+	}
+	n.setErr(err)
+	n.log.Error("stopping", "error", err)
+	go func() { _ = n.Close() }()
+}
 
 // Gatherer returns the registry that holds the node's metrics when Config.Registerer was nil.
-func (n *Node) Gatherer() prometheus.Gatherer { return n.registry }
+func (n *Node) Gatherer() prometheus.Gatherer { return n.metrics.registry }
 
-// AddMember admits the node that waits under this name (see Config.Join): first as a non-voter that catches up,
-// then as a voter. Its zone must have no voter.
-func (n *Node) AddMember(ctx context.Context, name string) error { return nil }
-
-// RemoveMember takes the member out of the cluster for good.
-func (n *Node) RemoveMember(ctx context.Context, name string) error { return nil }
-
-// ReplaceMember removes the member's present incarnation and admits the next one that asks to join under the
-// same name.
-func (n *Node) ReplaceMember(ctx context.Context, name string) error { return nil }
-
-// TransferLeadership hands leadership to the named member, or to the most advanced one when name is empty.
-func (n *Node) TransferLeadership(ctx context.Context, name string) error { return nil }
-
-// RecoverReport is what Recover did.
-type RecoverReport struct {
-	// Node is the node's new identity, ClusterID the new cluster's.
-	Node, ClusterID string
-	// Applied is the last entry known to be committed before, Last the last one of the log. What lies
-	// between was kept though it may never have been acknowledged.
-	Applied, Last uint64
-	// Lost names the members that are no longer part of the cluster.
-	Lost []string
-	// At is when the last kept entry was appended.
-	At time.Time
+// signal is a broadcast that can be waited for again and again.
+type signal struct {
+	mu sync.Mutex
+	ch chan struct{}
 }
 
-// Recover turns the stopped node in dir into a cluster of one. It appends a configuration with that node alone,
-// in a new term and under a new cluster id, and keeps the whole log: nothing that this node holds is lost. Nodes
-// of the old cluster cannot rejoin by themselves. Without force it only reports.
-func Recover(dir string, force bool) (RecoverReport, error) {
-	return RecoverReport{}, errs.Of(errs.Unsupported)
+func (s *signal) init() { s.ch = make(chan struct{}) }
+
+func (s *signal) broadcast() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	close(s.ch)
+	s.ch = make(chan struct{})
 }
+
+func (s *signal) wait() <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.ch
+}
+
+// isVoter reports whether a node votes in the latest configuration.
+func (n *Node) isVoter(id engine.NodeID) bool { return slices.Contains(n.voters(), id) }

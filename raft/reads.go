@@ -21,9 +21,12 @@ type readRounds struct {
 	evidence func(ctx context.Context, since time.Time) error
 	now      func() time.Time
 
+	wake chan struct{}
+
 	mu      sync.Mutex
+	ctx     context.Context // ends with run
+	closed  bool
 	waiting []func(error)
-	wake    chan struct{}
 }
 
 func newReadRounds(now func() time.Time, evidence func(context.Context, time.Time) error) *readRounds {
@@ -34,6 +37,11 @@ func newReadRounds(now func() time.Time, evidence func(context.Context, time.Tim
 // not block.
 func (r *readRounds) confirm(done func(error)) {
 	r.mu.Lock()
+	if r.closed {
+		r.mu.Unlock()
+		done(context.Canceled)
+		return
+	}
 	r.waiting = append(r.waiting, done)
 	first := len(r.waiting) == 1
 	r.mu.Unlock()
@@ -45,16 +53,31 @@ func (r *readRounds) confirm(done func(error)) {
 	}
 }
 
-// run holds the rounds until ctx ends.
-func (r *readRounds) run(ctx context.Context) {
+// run holds the rounds until stop is closed.
+func (r *readRounds) run(stop <-chan struct{}) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	r.mu.Lock()
+	r.ctx = ctx
+	r.mu.Unlock()
+	go func() {
+		select {
+		case <-stop:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
 	for {
 		select {
 		case <-r.wake:
-		case <-ctx.Done():
-			r.round(ctx.Err())
+			r.round(nil)
+		case <-stop:
+			r.mu.Lock()
+			r.closed = true
+			r.mu.Unlock()
+			r.round(context.Canceled)
 			return
 		}
-		r.round(nil)
 	}
 }
 
@@ -67,7 +90,7 @@ func (r *readRounds) round(err error) {
 		return
 	}
 	if err == nil {
-		ctx, cancel := context.WithTimeout(context.Background(), readTimeout)
+		ctx, cancel := context.WithTimeout(r.ctx, readTimeout)
 		err = r.evidence(ctx, r.now())
 		cancel()
 	}

@@ -88,7 +88,7 @@ func (n *Node) settle(b *batch, index, term uint64, results []engine.Result) {
 			}
 		}
 		if zones == 0 {
-			zones = n.marks().holding(index)
+			zones = n.holding(index)
 		}
 		o.end(outcome{kind: replied, zones: zones})
 	}
@@ -104,6 +104,7 @@ func (n *Node) noteEffects(fx *engine.Effects) {
 		n.policy.observe(n.now(), set)
 		n.policyMu.Unlock()
 		n.metrics.inSync.Set(float64(len(set.Nodes)))
+		n.requireSet(set)
 		n.acks.advance()
 	}
 	for _, ref := range fx.Deliverable {
@@ -127,25 +128,22 @@ func (n *Node) applied() {
 	n.appliedSignal.broadcast()
 }
 
-// marks returns what each voter has on disk.
-func (n *Node) marks() watermarks {
-	w := watermarks{voters: make(map[engine.NodeID]uint64, 3)}
+// holding counts the voters whose disks hold index.
+func (n *Node) holding(index uint64) int {
+	marks := n.trans.Load().Watermark()
+	count := 0
 	for _, s := range n.configuration().Servers {
-		if s.Suffrage == hraft.Voter {
-			w.voters[engine.NodeID(s.ID)] = n.match(engine.NodeID(s.ID))
+		if s.Suffrage == hraft.Voter && marks.Match(s.ID) >= index {
+			count++
 		}
 	}
-	return w
+	return count
 }
 
-// watermark returns the watermarks of the in-sync set and of all voters.
+// watermark returns the last index that every node of the in-sync set, and every voter, has on disk.
 func (n *Node) watermark() (inSync, all uint64) {
-	w := n.marks()
-	set := n.inSync.Load()
-	if set == nil {
-		return 0, w.all()
-	}
-	return w.of(set.Nodes), w.all()
+	level := n.trans.Load().Watermark().Level()
+	return level.Required, level.All
 }
 
 // complete reports whether every voter is in the in-sync set, and which zones are not.
@@ -226,9 +224,6 @@ func (n *Node) lead() {
 		var b [48]byte
 		_, _ = rand.Read(b[:]) // never fails, by its contract
 		cmd = &engine.Init{ClusterID: hex.EncodeToString(b[:16]), Secret: b[16:], Level: engine.LevelMax()}
-		if id := n.refound; id != "" {
-			cmd = &engine.Init{ClusterID: id, Secret: b[16:], Level: engine.LevelMax()}
-		}
 	}
 	n.coal.enqueue(&op{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority, urgent: true,
 		from: originFunc(func(o *op, out outcome) {
@@ -365,7 +360,9 @@ func (n *Node) updateRoute() {
 	_, id := n.raft.LeaderWithID()
 	node := engine.NodeID(id)
 	if node != "" && node != n.lastLeader {
+		n.policyMu.Lock()
 		n.former, n.lastLeader = n.lastLeader, node
+		n.policyMu.Unlock()
 	}
 	if node == n.id && n.stalled.Load() {
 		node = ""

@@ -1,0 +1,187 @@
+package raft
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"time"
+
+	hraft "github.com/hashicorp/raft"
+
+	"tercet.dev/tercet/engine"
+	"tercet.dev/tercet/internal/errs"
+)
+
+// drainPoll is how often Drain looks whether what it waits for has come.
+const drainPoll = 2 * time.Millisecond
+
+// Drain takes the node out of service without an unknown outcome (decision 28):
+//
+//  1. The coalescer is paused: what arrives goes back to its origin and waits there for the next leader.
+//  2. What is in flight is applied, and the watermark reaches what waits for it.
+//  3. The node leaves the in-sync set, so that nobody waits for it once it is gone.
+//  4. Leadership goes to the in-sync voter whose disk has most.
+//  5. What this node's own clients still wait for is done by the new leader.
+//
+// The node still passes requests to the leader until Close. A node that cannot hand over (it is the only voter,
+// or no other is in sync) only finishes what is in flight.
+func (n *Node) Drain(ctx context.Context) error {
+	if !n.draining.CompareAndSwap(false, true) {
+		return nil
+	}
+	n.log.Info("draining")
+	if len(n.voters()) > 1 && n.isVoter(n.id) {
+		if err := n.handOver(ctx); err != nil {
+			n.log.Warn("leaving without having handed over", "error", err)
+			n.intake.close(errs.Of(errs.Draining))
+			return err
+		}
+	}
+	// From here on new requests are refused; those that were taken finish at the leader.
+	n.intake.refuse(errs.Of(errs.Draining))
+	for n.intake.outstanding() > 0 {
+		if err := n.pause(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// handOver takes the node out of the in-sync set, and out of the lead.
+func (n *Node) handOver(ctx context.Context) error {
+	for {
+		set := n.inSync.Load()
+		in := set != nil && slices.Contains(set.Nodes, n.id)
+		leads := n.raft.State() == hraft.Leader
+		switch {
+		case !leads && !in:
+			return nil
+		case !leads:
+			// The leader proposes the shrink; a follower asks it to.
+			if err := n.leaveSet(ctx); err != nil {
+				return err
+			}
+		default:
+			if err := n.stepDown(ctx, in); err != nil {
+				return err
+			}
+		}
+		if err := n.pause(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+// leaveSet proposes this node's own shrink through the leader.
+func (n *Node) leaveSet(ctx context.Context) error {
+	set := n.inSync.Load()
+	if len(set.Nodes) == 1 {
+		return nil
+	}
+	cmd := &engine.Shrink{Node: n.id, Epoch: set.Epoch}
+	c := &call{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority}
+	if _, err := n.intake.do(ctx, c); err != nil {
+		return err
+	}
+	return nil
+}
+
+// stepDown does what a leader does before it leaves.
+func (n *Node) stepDown(ctx context.Context, in bool) error {
+	if _, err := n.successor(""); err != nil {
+		return err
+	}
+	n.coal.setMode(paused)
+	for n.acks.waiting() > 0 {
+		if err := n.pause(ctx); err != nil {
+			return err
+		}
+	}
+	if in {
+		set := n.inSync.Load()
+		done := make(chan outcome, 1)
+		cmd := &engine.Shrink{Node: n.id, Epoch: set.Epoch}
+		n.coal.enqueue(&op{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority, urgent: true,
+			from: originFunc(func(_ *op, out outcome) { done <- out })})
+		select {
+		case <-done:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-n.stop:
+			return ErrClosed
+		}
+	}
+	err := n.transfer(ctx, "")
+	if err != nil && n.raft.State() != hraft.Leader {
+		return nil
+	}
+	return err
+}
+
+// pause waits a moment.
+func (n *Node) pause(ctx context.Context) error {
+	select {
+	case <-time.After(drainPoll):
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-n.stop:
+		return ErrClosed
+	}
+}
+
+// Close stops the node. It does not wait for other nodes; call Drain first for a stop without consequences.
+//
+// The order: requests end (with an unknown outcome where they may have been proposed); the service closes; the
+// node's own goroutines; raft, with its transport, since its replication goroutines wait in there; the mesh, whose
+// handlers may still read the store; the store; the log; the directory's lock.
+func (n *Node) Close() error {
+	n.setErr(ErrClosed)
+	n.closeOnce.Do(func() {
+		n.closing.Store(true)
+		n.closeErr = n.close()
+		close(n.done)
+	})
+	<-n.done
+	return n.closeErr
+}
+
+func (n *Node) close() error {
+	var errList []error
+	if n.intake != nil {
+		n.intake.close(errs.Of(errs.Draining))
+	}
+	if n.coal != nil {
+		n.serviceMu.Lock()
+		n.closeService()
+		n.serviceMu.Unlock()
+	}
+	close(n.stop)
+	n.wg.Wait()
+	if n.raft != nil {
+		down := n.raft.Shutdown()
+		_ = n.trans.Load().Close() // returns nil
+		errList = append(errList, down.Error())
+	} else if t := n.trans.Load(); t != nil {
+		_ = t.Close() // returns nil
+	}
+	if n.mesh != nil {
+		errList = append(errList, n.mesh.Close())
+	}
+	if n.logs != nil {
+		errList = append(errList, n.logs.Close())
+	}
+	if n.eng != nil {
+		errList = append(errList, n.eng.Close())
+	}
+	if n.wal != nil {
+		if err := n.wal.Close(); err != nil && n.wal.Err() == nil {
+			errList = append(errList, err)
+		}
+	}
+	if n.dir != nil {
+		errList = append(errList, n.dir.close())
+	}
+	n.metrics.unregister()
+	return errors.Join(errList...)
+}
