@@ -151,7 +151,8 @@ func (d *directory) invitations(now time.Time) map[string]int64 {
 }
 
 // save writes members.json if something worth keeping changed. keep says which nodes are still of interest.
-func (d *directory) save(keep func(engine.NodeID) bool) error {
+// It is called with the directory's lock held.
+func (d *directory) save(keep func(id engine.NodeID, heard bool) bool) error {
 	d.mu.Lock()
 	if !d.dirty {
 		d.mu.Unlock()
@@ -160,7 +161,7 @@ func (d *directory) save(keep func(engine.NodeID) bool) error {
 	d.dirty = false
 	var f directoryFile
 	for id, c := range d.cards {
-		if !keep(id) {
+		if !keep(id, !c.at.IsZero()) {
 			delete(d.cards, id)
 			continue
 		}

@@ -14,6 +14,7 @@ import (
 
 	"tercet.dev/tercet/engine"
 	"tercet.dev/tercet/raft/peer"
+	"tercet.dev/tercet/raft/transport"
 )
 
 // How a node with an empty directory comes to take part (decision 7).
@@ -241,8 +242,12 @@ func (n *Node) found(ctx context.Context) (hraft.Configuration, error) {
 					Remedy: fmt.Sprintf("tercet cluster add %s --server URL, then start this node with --join", n.cfg.Name)}
 			}
 			f.saw(a.ID, len(n.cfg.Peers))
-			if view := f.view(); view != nil && maps.Equal(view, a.View) {
-				agreed++
+			if view := f.view(); view != nil {
+				// Whoever founds first connects at once, and should not be taken for a stranger.
+				n.mesh.SetPeers(transport.Peers(n.configurationOf(view)))
+				if maps.Equal(view, a.View) {
+					agreed++
+				}
 			}
 		}
 		if view := f.view(); view != nil && agreed == len(n.cfg.Peers)-1 {

@@ -41,6 +41,9 @@ type identity struct {
 	Incarnation string `json:"incarnation"`
 	// Cluster is empty until the node knows which cluster it belongs to.
 	Cluster string `json:"cluster,omitempty"`
+	// Previous is the cluster that the state may still speak of after Recover, until the entry that renames it
+	// has been applied.
+	Previous string `json:"previous,omitempty"`
 }
 
 // id is the node's identity in the cluster.
@@ -104,7 +107,7 @@ func (d *dataDir) load(name string) error {
 		return err
 	}
 	var id identity
-	if err := json.Unmarshal(raw, &id); err != nil || id.Incarnation == "" {
+	if err := parseIdentity(raw, &id); err != nil {
 		return &StartError{Kind: ErrDamaged, Message: fmt.Sprintf("%s cannot be read", filepath.Join(d.path, identityName)),
 			Remedy: replaceRemedy(name), Cause: err}
 	}
@@ -117,6 +120,17 @@ func (d *dataDir) load(name string) error {
 			Remedy: "check --node-id and --data"}
 	}
 	d.id = id
+	return nil
+}
+
+// parseIdentity reads the content of node.json.
+func parseIdentity(raw []byte, id *identity) error {
+	if err := json.Unmarshal(raw, id); err != nil {
+		return err
+	}
+	if id.Incarnation == "" || id.Name == "" {
+		return errors.New("it names no node")
+	}
 	return nil
 }
 

@@ -421,10 +421,9 @@ func (n *Node) exchange() {
 			}
 		}
 		n.noteDisk()
-		if err := n.directory.save(func(id engine.NodeID) bool {
-			_, at := n.directory.get(id)
+		if err := n.directory.save(func(id engine.NodeID, heard bool) bool {
 			_, member := n.memberID(nameOf(id))
-			return member || !at.IsZero()
+			return member || heard
 		}); err != nil {
 			n.logEvery("members", "cannot write members.json", "error", err)
 		}

@@ -364,7 +364,7 @@ func (n *Node) recoverState() error {
 	n.clock = newClusterClock(time.Now, n.cfg.test.wall, n.cfg.VirtualClock, n.eng.Stamp())
 	n.coal.env.stamp = n.clock.now
 	n.sinceSync()
-	if have := n.eng.ClusterID(); have != "" {
+	if have := n.eng.ClusterID(); have != "" && have != n.dir.id.Previous {
 		if known := n.dir.id.Cluster; known != "" && known != have {
 			return &StartError{Kind: ErrForeign, Message: fmt.Sprintf("%s holds the state of cluster %s and the identity of cluster %s", n.cfg.Dir, have, known),
 				Remedy: replaceRemedy(n.cfg.Name)}
@@ -518,11 +518,11 @@ func (n *Node) load(ds []engine.Delivery) error {
 func (n *Node) foundedAs(id string) {
 	n.clusterID.Store(&id)
 	n.mesh.SetCluster(id)
-	if n.dir.id.Cluster == id {
+	if n.dir.id.Cluster == id && n.dir.id.Previous == "" {
 		return
 	}
 	ident := n.dir.id
-	ident.Cluster = id
+	ident.Cluster, ident.Previous = id, ""
 	if err := n.dir.setIdentity(ident); err != nil {
 		n.fatal(fmt.Errorf("writing %s: %w", identityName, err))
 	}

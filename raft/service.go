@@ -121,7 +121,7 @@ func (n *Node) applied() {
 	n.logs.StageCommit(index)
 	n.meter.note(index, n.wal.Written())
 	if n.clusterID.Load() == nil {
-		if id := n.eng.ClusterID(); id != "" {
+		if id := n.eng.ClusterID(); id != "" && id != n.dir.id.Previous {
 			n.foundedAs(id)
 		}
 	}
