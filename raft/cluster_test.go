@@ -43,7 +43,7 @@ var founders = []string{"n1", "n2", "n3"}
 // newCluster makes the addresses and directories of a cluster; start starts its nodes.
 func newCluster(t *testing.T, tweak func(*Config)) *cluster {
 	t.Helper()
-	level, out := hclog.Warn, io.Writer(testWriter{t})
+	level, out := hclog.Off, io.Discard
 	if os.Getenv("TERCET_TEST_LOG") != "" {
 		level, out = hclog.Debug, os.Stderr
 	}
@@ -59,15 +59,6 @@ func newCluster(t *testing.T, tweak func(*Config)) *cluster {
 		}
 	})
 	return c
-}
-
-// testWriter writes a node's log to the test's. Lines after the end of the test are dropped.
-type testWriter struct{ t *testing.T }
-
-func (w testWriter) Write(p []byte) (int, error) {
-	defer func() { _ = recover() }()
-	w.t.Logf("%s", p)
-	return len(p), nil
 }
 
 // freeAddr reserves a loopback address.

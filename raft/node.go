@@ -58,6 +58,8 @@ type Node struct {
 	cfg Config
 	log hclog.Logger
 	id  engine.NodeID
+	// incarnation is the part of id that was drawn with the data directory.
+	incarnation string
 
 	dir       *dataDir
 	wal       *wal.WAL
@@ -107,6 +109,8 @@ type Node struct {
 
 	// lastLeader and former are the leader this node knew last and the one before; guarded by policyMu.
 	lastLeader, former engine.NodeID
+	// Of leadership alone: the term this node leads or led last.
+	ledTerm uint64
 	// Of tick alone.
 	membersNext time.Time
 	opening     struct {
@@ -230,8 +234,8 @@ func (n *Node) start(ctx context.Context) error {
 		closeAll(cfg.PeerListeners)
 		return err
 	}
-	n.id = n.dir.id.id()
-	n.log = n.log.With("incarnation", n.dir.id.Incarnation)
+	n.id, n.incarnation = n.dir.id.id(), n.dir.id.Incarnation
+	n.log = n.log.With("incarnation", n.incarnation)
 	n.directory = openDirectory(n.dir)
 	listener, err := listen(cfg.PeerAddr, cfg.PeerListeners)
 	if err != nil {

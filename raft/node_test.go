@@ -41,3 +41,67 @@ func TestPublishReceiveAcknowledgeThroughEachNode(t *testing.T) {
 	}
 	c.agree()
 }
+
+// All nodes stop without notice and start again: members, state and messages are what they were, without a
+// snapshot and with --peers no longer needed.
+func TestRestartOfAllNodes(t *testing.T) {
+	c := newCluster(t, nil)
+	c.start(founders...)
+	c.inSync(3)
+	const messages = 300
+	want := make(map[string]bool)
+	for i := range messages {
+		body := fmt.Sprint("m", i)
+		must(t, c.node(founders[i%3]), Proposal{Command: publishCommand("orders", body)})
+		want[body] = true
+	}
+	half := must(t, c.node("n1"), Proposal{Command: receiveCommand("orders", "g", 10)})
+	must(t, c.node("n2"), Proposal{Command: ackCommand("orders", "g", half.Deliveries...)})
+	for _, d := range half.Deliveries {
+		delete(want, string(d.Body))
+	}
+	c.agree()
+	before := c.node("n1").Status()
+	for _, name := range founders {
+		c.stop(name)
+	}
+	c.tweak = func(cfg *Config) { cfg.Peers = nil }
+	c.start(founders...)
+	c.leader()
+	c.inSync(3)
+	after := c.node("n1").Status()
+	if after.ClusterID != before.ClusterID || after.Incarnation != before.Incarnation || len(after.Nodes) != 3 {
+		t.Fatalf("before %+v\nafter  %+v", before, after)
+	}
+	for len(want) > 0 {
+		r := must(t, c.node("n3"), Proposal{Command: receiveCommand("orders", "g", 10)})
+		if len(r.Deliveries) == 0 {
+			t.Fatalf("%d messages are gone: %v", len(want), want)
+		}
+		for _, d := range r.Deliveries {
+			if !want[string(d.Body)] {
+				t.Fatalf("unexpected message %q", d.Body)
+			}
+			delete(want, string(d.Body))
+		}
+	}
+	c.agree()
+}
+
+// A single node is a cluster.
+func TestSingleNode(t *testing.T) {
+	c := newCluster(t, func(cfg *Config) { cfg.Peers = nil })
+	c.start("n1")
+	c.leader()
+	r := must(t, c.node("n1"), Proposal{Command: publishCommand("a", "x")})
+	if r.Zones != 1 {
+		t.Fatalf("zones %d", r.Zones)
+	}
+	c.stop("n1")
+	c.start("n1")
+	c.leader()
+	got := must(t, c.node("n1"), Proposal{Command: receiveCommand("a", "g", 1)})
+	if len(got.Deliveries) != 1 || string(got.Deliveries[0].Body) != "x" {
+		t.Fatalf("after a restart: %+v", got)
+	}
+}

@@ -184,9 +184,11 @@ func (n *Node) leadership() {
 		case leads := <-n.notify:
 			n.metrics.leaderChanges.Inc()
 			if leads {
+				n.ledTerm = n.raft.CurrentTerm()
 				n.lead()
 			} else {
 				n.follow()
+				n.trans.Load().LeadershipLost(n.ledTerm)
 			}
 		case <-n.stop:
 			return
@@ -203,6 +205,8 @@ func (n *Node) lead() {
 		return
 	}
 	term := n.raft.CurrentTerm()
+	// The transport does this with the first thing it sends; a cluster of one has nobody to send to.
+	n.trans.Load().Watermark().Lead(term)
 	now := n.now()
 	since := make(map[engine.NodeID]time.Time)
 	voters := n.voters()
@@ -247,6 +251,7 @@ func (n *Node) opened(term uint64) {
 	if n.raft.State() != hraft.Leader || n.stalled.Load() || n.closing.Load() {
 		return
 	}
+	n.trans.Load().Watermark().Lead(term)
 	n.openTerm.Store(term)
 	mode := open
 	if n.draining.Load() {

@@ -13,7 +13,7 @@ import (
 
 // Status returns this node's view of the cluster. It never waits for other nodes.
 func (n *Node) Status() Status {
-	s := Status{ID: n.cfg.Name, Zone: n.cfg.Zone, Incarnation: n.dir.id.Incarnation, Version: n.cfg.Version,
+	s := Status{ID: n.cfg.Name, Zone: n.cfg.Zone, Incarnation: n.incarnation, Version: n.cfg.Version,
 		Durability: n.cfg.Durability, Draining: n.draining.Load() || n.closing.Load()}
 	s.AppliedIndex, s.StateHash = n.eng.StateHash()
 	if id := n.clusterID.Load(); id != nil {

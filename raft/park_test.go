@@ -1,0 +1,160 @@
+package raft
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	"tercet.dev/tercet/engine"
+)
+
+// parkedCommand is a receive that may wait.
+func parkedCommand(topic, group string, limit int) []byte {
+	return receiveCommand(topic, group, limit)
+}
+
+// From publish to delivery costs one commit: the waiting receive rides in the publish's entry.
+func TestParkedReceiveRidesBehindThePublish(t *testing.T) {
+	c := newCluster(t, nil)
+	c.start(founders...)
+	c.inSync(3)
+	lead := c.leader()
+	for i, via := range founders {
+		topic := fmt.Sprint("t", i)
+		must(t, c.node(lead), Proposal{Command: publishCommand(topic, "first")})
+		first := must(t, c.node(lead), Proposal{Command: receiveCommand(topic, "g", 1)})
+		must(t, c.node(lead), Proposal{Command: ackCommand(topic, "g", first.Deliveries...)})
+		type result struct {
+			r   Reply
+			err error
+		}
+		got := make(chan result, 1)
+		go func() {
+			r, err := c.node(via).Propose(testContext(t), Proposal{Command: parkedCommand(topic, "g", 1), Wait: time.Minute})
+			got <- result{r, err}
+		}()
+		c.eventually("a parked receive", func() bool { return c.node(lead).coal.lot.len() == 1 })
+		p := must(t, c.node(lead), Proposal{Command: publishCommand(topic, "second")})
+		r := <-got
+		if r.err != nil || len(r.r.Deliveries) != 1 || string(r.r.Deliveries[0].Body) != "second" {
+			t.Fatalf("through %s: %+v, %v", via, r.r, r.err)
+		}
+		if r.r.Index != p.Index {
+			t.Fatalf("through %s: published in entry %d, delivered in entry %d", via, p.Index, r.r.Index)
+		}
+	}
+	c.agree()
+}
+
+// An idle consumer costs no entry, and is answered when its time is over.
+func TestParkedReceiveCostsNoEntry(t *testing.T) {
+	c := newCluster(t, nil)
+	c.start(founders...)
+	c.inSync(3)
+	lead, via := c.leader(), c.follower()
+	must(t, c.node(lead), Proposal{Command: publishCommand("t", "x")})
+	first := must(t, c.node(lead), Proposal{Command: receiveCommand("t", "g", 1)})
+	must(t, c.node(lead), Proposal{Command: ackCommand("t", "g", first.Deliveries...)})
+	before := c.node(lead).Status().AppliedIndex
+	for range 20 {
+		r := must(t, c.node(via), Proposal{Command: receiveCommand("t", "g", 1)})
+		if len(r.Deliveries) != 0 || r.Index != 0 {
+			t.Fatalf("%+v", r)
+		}
+	}
+	r := must(t, c.node(via), Proposal{Command: parkedCommand("t", "g", 1), Wait: 2*parkSliceMax + 10*time.Millisecond})
+	if len(r.Deliveries) != 0 {
+		t.Fatalf("%+v", r)
+	}
+	if after := c.node(lead).Status().AppliedIndex; after != before {
+		t.Fatalf("waiting for nothing made %d entries", after-before)
+	}
+	if n := c.node(lead).coal.lot.len(); n != 0 {
+		t.Fatalf("%d receives are still parked", n)
+	}
+}
+
+// A lease that runs out wakes a parked receive though nothing else happens.
+func TestParkedReceiveWakesByTime(t *testing.T) {
+	c := newCluster(t, nil)
+	c.start(founders...)
+	c.inSync(3)
+	n := c.node(c.follower())
+	must(t, n, Proposal{Command: publishCommand("t", "x")})
+	short := &engine.Receive{Topic: "t", Group: "g", Max: 1, Visibility: time.Second}
+	first := must(t, n, Proposal{Command: short.AppendTo(nil)})
+	if len(first.Deliveries) != 1 {
+		t.Fatalf("%+v", first)
+	}
+	again := must(t, n, Proposal{Command: parkedCommand("t", "g", 1), Wait: time.Minute})
+	if len(again.Deliveries) != 1 || again.Deliveries[0].Count != 2 {
+		t.Fatalf("%+v", again)
+	}
+}
+
+// A client that goes away while it waits leaves nothing leased to nobody.
+func TestAbandonedReceive(t *testing.T) {
+	c := newCluster(t, nil)
+	c.start(founders...)
+	c.inSync(3)
+	lead := c.leader()
+	must(t, c.node(lead), Proposal{Command: publishCommand("t", "seed")})
+	first := must(t, c.node(lead), Proposal{Command: receiveCommand("t", "g", 1)})
+	must(t, c.node(lead), Proposal{Command: ackCommand("t", "g", first.Deliveries...)})
+	const clients = 30
+	var wg sync.WaitGroup
+	cancels := make([]context.CancelFunc, clients)
+	got := make(chan engine.Delivery, clients)
+	for i := range clients {
+		ctx, cancel := context.WithCancel(context.Background())
+		cancels[i] = cancel
+		via := c.node(founders[i%3])
+		wg.Go(func() {
+			long := &engine.Receive{Topic: "t", Group: "g", Max: 1, Visibility: time.Hour}
+			r, err := via.Propose(ctx, Proposal{Command: long.AppendTo(nil), Wait: time.Minute})
+			if err != nil && ctx.Err() == nil {
+				t.Errorf("receive: %v", err)
+			}
+			for _, d := range r.Deliveries {
+				got <- d
+			}
+		})
+	}
+	c.eventually("parked receives", func() bool { return c.node(lead).coal.lot.len() == clients })
+	// Half of them go while messages for all come in.
+	for i := range clients {
+		if i%2 == 0 {
+			go cancels[i]()
+		}
+		must(t, c.node(founders[i%3]), Proposal{Command: publishCommand("t", fmt.Sprint("m", i))})
+	}
+	for i := range clients {
+		if i%2 == 1 {
+			continue
+		}
+		cancels[i]()
+	}
+	seen := make(map[string]bool)
+	deadline := time.Now().Add(testTimeout)
+	for len(seen) < clients {
+		select {
+		case d := <-got:
+			seen[string(d.Body)] = true
+			continue
+		default:
+		}
+		r := must(t, c.node(lead), Proposal{Command: parkedCommand("t", "g", 1), Wait: 50 * time.Millisecond})
+		for _, d := range r.Deliveries {
+			seen[string(d.Body)] = true
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%d of %d messages can be had; the others are leased for an hour to clients that are gone", len(seen), clients)
+		}
+	}
+	for _, cancel := range cancels {
+		cancel()
+	}
+	wg.Wait()
+}
