@@ -3,6 +3,8 @@ package raft
 import (
 	"fmt"
 	"time"
+
+	"tercet.dev/tercet/engine"
 )
 
 const (
@@ -26,6 +28,7 @@ func (n *Node) checkpoints() {
 			return
 		case <-t.C:
 		}
+		n.saveDirectory()
 		applied, _ := n.eng.Applied()
 		due := n.now().Sub(last) >= checkpointEvery && applied > n.eng.Durable().Index
 		if !due && !n.eng.NeedsCheckpoint() {
@@ -43,6 +46,17 @@ func (n *Node) checkpoints() {
 			n.fatal(fmt.Errorf("cutting the log: %w", err))
 			return
 		}
+	}
+}
+
+// saveDirectory writes what is known of the others, if that has changed. It happens here because it may wait for the
+// disk.
+func (n *Node) saveDirectory() {
+	if err := n.directory.save(func(id engine.NodeID, heard bool) bool {
+		_, member := n.memberID(nameOf(id))
+		return member || heard
+	}); err != nil {
+		n.logEvery("members", "cannot write "+membersName, "error", err)
 	}
 }
 

@@ -62,7 +62,7 @@ func newCluster(t *testing.T, tweak func(*Config)) *cluster {
 }
 
 // freeAddr reserves a loopback address.
-func freeAddr(t *testing.T) string {
+func freeAddr(t testing.TB) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -23,6 +23,8 @@ type card struct {
 	Free    int64  `json:"free,omitempty"`
 	Reserve int64  `json:"reserve,omitempty"`
 	Applied uint64 `json:"applied,omitempty"`
+	// Leads is the term in which the node is open for service as leader, 0 when it is not.
+	Leads uint64 `json:"leads,omitempty"`
 	// Level is the newest feature level the node's release knows.
 	Level uint32 `json:"level,omitempty"`
 	// Expected names the nodes that an operator has invited (AddMember, ReplaceMember), with the time until
@@ -32,6 +34,9 @@ type card struct {
 
 // invitationLife is how long an operator's invitation holds.
 const invitationLife = 24 * time.Hour
+
+// leaderNewsMax is how old a card may be that says who leads.
+const leaderNewsMax = 1500 * time.Millisecond
 
 // directory is what a node knows of the others' cards, kept in members.json across restarts.
 type directory struct {
@@ -95,6 +100,18 @@ func (d *directory) get(id engine.NodeID) (card, time.Time) {
 	defer d.mu.Unlock()
 	c := d.cards[id]
 	return c.card, c.at
+}
+
+// leader returns the node that says of itself, lately, that it leads in the newest term.
+func (d *directory) leader(now time.Time) (id engine.NodeID, term uint64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, c := range d.cards {
+		if c.Leads > term && !c.at.IsZero() && now.Sub(c.at) < leaderNewsMax {
+			id, term = c.ID, c.Leads
+		}
+	}
+	return id, term
 }
 
 // zone returns the zone of a node; a node that was never heard of is taken to be its own.

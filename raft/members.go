@@ -191,9 +191,9 @@ func (n *Node) TransferLeadership(ctx context.Context, name string) error {
 // admin has the leader do what an operator wants.
 func (n *Node) admin(ctx context.Context, a adminRequest) error {
 	for {
-		_, leader := n.raft.LeaderWithID()
+		leader := n.leaderNow()
 		err := error(errs.Of(errs.NoLeader))
-		switch engine.NodeID(leader) {
+		switch leader {
 		case "":
 		case n.id:
 			err = n.administer(ctx, a)
@@ -203,7 +203,7 @@ func (n *Node) admin(ctx context.Context, a adminRequest) error {
 				return jerr
 			}
 			var raw []byte
-			raw, err = n.mesh.Call(ctx, peerID(engine.NodeID(leader)), kindAdmin, body)
+			raw, err = n.mesh.Call(ctx, peerID(leader), kindAdmin, body)
 			if err == nil {
 				var r adminReply
 				if err = json.Unmarshal(raw, &r); err == nil {
@@ -421,12 +421,6 @@ func (n *Node) exchange() {
 			}
 		}
 		n.noteDisk()
-		if err := n.directory.save(func(id engine.NodeID, heard bool) bool {
-			_, member := n.memberID(nameOf(id))
-			return member || heard
-		}); err != nil {
-			n.logEvery("members", "cannot write members.json", "error", err)
-		}
 		select {
 		case <-n.stop:
 			return
@@ -477,7 +471,7 @@ func (n *Node) card() card {
 	free, reserve := n.space()
 	index, _ := n.eng.Applied()
 	return card{ID: n.id, Zone: n.cfg.Zone, Peer: n.cfg.PeerAddr, HTTP: n.cfg.HTTPAddr, Valkey: n.cfg.ValkeyAddr,
-		Version: n.cfg.Version, Free: free, Reserve: reserve, Applied: index, Level: engine.LevelMax(),
+		Version: n.cfg.Version, Free: free, Reserve: reserve, Applied: index, Level: engine.LevelMax(), Leads: n.openTerm.Load(),
 		Expected: n.directory.invitations(n.now())}
 }
 

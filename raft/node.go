@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"net"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -109,8 +110,6 @@ type Node struct {
 
 	// lastLeader and former are the leader this node knew last and the one before; guarded by policyMu.
 	lastLeader, former engine.NodeID
-	// Of leadership alone: the term this node leads or led last.
-	ledTerm uint64
 	// Of tick alone.
 	membersNext time.Time
 	opening     struct {
@@ -140,10 +139,23 @@ type Node struct {
 type logs struct {
 	*logstore.Store
 	shard *wal.Shard
+	node  *Node
 }
 
 // Last returns the last index of the log.
 func (l *logs) Last() uint64 { return l.shard.Last() }
+
+// SetUint64 implements hraft.StableStore. When its term cannot be saved, raft panics on its main goroutine. The disk
+// that refused has stopped the node already (wal.Options.OnFatal), so the goroutine ends here instead, and the
+// process by an orderly exit that says why.
+func (l *logs) SetUint64(key []byte, v uint64) error {
+	err := l.Store.SetUint64(key, v)
+	if err != nil && l.node.ready.Load() {
+		l.node.fatal(fmt.Errorf("saving raft's term: %w", err))
+		runtime.Goexit()
+	}
+	return err
+}
 
 // fill checks a Config and fills the defaults.
 func (c *Config) fill() error {
@@ -332,7 +344,7 @@ func (n *Node) recoverState() error {
 	if err != nil {
 		return damaged(n.cfg.Name, err)
 	}
-	n.logs = &logs{Store: store, shard: s}
+	n.logs = &logs{Store: store, shard: s, node: n}
 	if _, err := store.Reconcile(durable.Index, durable.Term); err != nil {
 		return damaged(n.cfg.Name, err)
 	}

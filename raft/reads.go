@@ -129,14 +129,14 @@ func (n *Node) Query(ctx context.Context, q engine.Query) (engine.Answer, error)
 
 // tryQuery asks the leader of the moment once.
 func (n *Node) tryQuery(ctx context.Context, q *engine.Query) (engine.Answer, error) {
-	_, leader := n.raft.LeaderWithID()
-	switch engine.NodeID(leader) {
+	leader := n.leaderNow()
+	switch leader {
 	case "":
 		return engine.Answer{}, errs.Of(errs.NoLeader)
 	case n.id:
 		return n.readLocal(ctx, q)
 	}
-	reply, err := n.mesh.Call(ctx, peerID(engine.NodeID(leader)), kindQuery, engine.AppendQuery(nil, q))
+	reply, err := n.mesh.Call(ctx, peerID(leader), kindQuery, engine.AppendQuery(nil, q))
 	if err != nil {
 		return engine.Answer{}, errs.Of(errs.NotLeader).With(err)
 	}

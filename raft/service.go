@@ -184,11 +184,9 @@ func (n *Node) leadership() {
 		case leads := <-n.notify:
 			n.metrics.leaderChanges.Inc()
 			if leads {
-				n.ledTerm = n.raft.CurrentTerm()
 				n.lead()
 			} else {
 				n.follow()
-				n.trans.Load().LeadershipLost(n.ledTerm)
 			}
 		case <-n.stop:
 			return
@@ -271,7 +269,10 @@ func (n *Node) follow() {
 }
 
 func (n *Node) closeService() {
-	n.openTerm.Store(0)
+	if term := n.openTerm.Swap(0); term != 0 && n.raft != nil && n.raft.State() != hraft.Leader {
+		// Only of a term that is certain: by now this node may lead in a later one.
+		n.trans.Load().LeadershipLost(term)
+	}
 	n.coal.setMode(closed)
 	n.acks.setClosed(true)
 	n.policyMu.Lock()
@@ -373,10 +374,30 @@ func (n *Node) updateRoute() {
 		node = ""
 	}
 	r := route{node: node, term: n.raft.CurrentTerm()}
+	if node == "" {
+		// Raft cannot say who leads while this node's disk is stalled: it would have to save the term first. The
+		// leader itself can, and what it is sent needs no disk here.
+		if id, term := n.directory.leader(n.now()); id != n.id {
+			r = route{node: id, term: term}
+			node = id
+		}
+	}
 	n.intake.setRoute(r)
 	if node != "" {
 		n.openIntake(r)
 	}
+}
+
+// leaderNow returns the leader this node knows, by raft or by the leader's own word.
+func (n *Node) leaderNow() engine.NodeID {
+	_, id := n.raft.LeaderWithID()
+	node := engine.NodeID(id)
+	if node == "" || node == n.id && n.stalled.Load() {
+		if other, _ := n.directory.leader(n.now()); other != n.id {
+			return other
+		}
+	}
+	return node
 }
 
 // openIntake opens this process's intake when it is not: at start, and after the cluster closed it.
