@@ -50,7 +50,7 @@ type answer struct {
 // interrupt makes a request that waits return at once. Any goroutine may call it.
 func (c *conn) interrupt() {
 	if open := c.open.Load(); open != nil {
-		(*open).SetDeadline(time.Unix(1, 0))
+		_ = (*open).SetDeadline(time.Unix(1, 0)) // fails on a closed connection, which nobody waits for
 	}
 }
 
@@ -92,7 +92,10 @@ func (c *conn) do(ctx context.Context, head, body []byte) (answer, error) {
 	if err := ctx.Err(); err != nil {
 		return answer{}, err
 	}
-	c.c.SetDeadline(time.Now().Add(c.timeout))
+	if err := c.c.SetDeadline(time.Now().Add(c.timeout)); err != nil {
+		c.turn()
+		return answer{}, errs.Of(errs.NotLeader).With(err) // nothing was sent
+	}
 	a, again, err := c.exchange(head, body)
 	if err != nil {
 		c.turn()

@@ -158,7 +158,7 @@ func Run(ctx context.Context, w Workload, d Driver, hooks Hooks) (*Result, error
 	workers, err := r.workers(d)
 	defer func() {
 		for _, w := range workers {
-			w.close()
+			_ = w.close() // what was to be said has been said
 		}
 	}()
 	if err != nil {
