@@ -26,8 +26,11 @@ type conn struct {
 
 	c    net.Conn
 	open atomic.Pointer[net.Conn] // the same, for interrupt
-	r    *bufio.Reader
-	body []byte // of the last answer, used again for the next one
+	// bound is the context whose end interrupts requests, until unbind. It is the same for all requests of a run.
+	bound  context.Context
+	unbind func() bool
+	r      *bufio.Reader
+	body   []byte // of the last answer, used again for the next one
 }
 
 // dialTimeout bounds one attempt to connect.
@@ -54,8 +57,27 @@ func (c *conn) interrupt() {
 	}
 }
 
-// Close closes the connection.
+// bind makes the end of ctx interrupt requests.
+func (c *conn) bind(ctx context.Context) {
+	if c.bound == ctx {
+		return
+	}
+	if c.unbind != nil {
+		c.unbind()
+	}
+	c.bound, c.unbind = ctx, context.AfterFunc(ctx, c.interrupt)
+}
+
+// Close closes the connection for good.
 func (c *conn) Close() error {
+	if c.unbind != nil {
+		c.unbind()
+	}
+	return c.hangUp()
+}
+
+// hangUp closes the connection. The next request makes a new one.
+func (c *conn) hangUp() error {
 	c.open.Store(nil)
 	if c.c == nil {
 		return nil
@@ -86,15 +108,17 @@ func (c *conn) connect(ctx context.Context) error {
 // do sends a complete request, in one or two pieces, and reads the answer. After an error the outcome is unknown,
 // the connection is closed, and the next request goes to the next address.
 func (c *conn) do(ctx context.Context, head, body []byte) (answer, error) {
+	c.bind(ctx)
 	if err := c.connect(ctx); err != nil {
-		return answer{}, err
-	}
-	if err := ctx.Err(); err != nil {
 		return answer{}, err
 	}
 	if err := c.c.SetDeadline(time.Now().Add(c.timeout)); err != nil {
 		c.turn()
 		return answer{}, errs.Of(errs.NotLeader).With(err) // nothing was sent
+	}
+	// Only now: an interruption that came before the deadline was set would have been undone by it.
+	if err := ctx.Err(); err != nil {
+		return answer{}, err
 	}
 	a, again, err := c.exchange(head, body)
 	if err != nil {
@@ -102,14 +126,14 @@ func (c *conn) do(ctx context.Context, head, body []byte) (answer, error) {
 		return a, errs.Of(errs.OutcomeUnknown).With(err)
 	}
 	if !again {
-		c.Close()
+		_ = c.hangUp() // everything was read
 	}
 	return a, nil
 }
 
 // turn closes the connection and makes the next request go to the next address.
 func (c *conn) turn() {
-	c.Close()
+	_ = c.hangUp() // what it says of a broken connection is not news
 	c.at = (c.at + 1) % len(c.addrs)
 }
 

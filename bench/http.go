@@ -134,8 +134,6 @@ func (p *httpPublisher) Publish(ctx context.Context) (Ack, error) {
 		p.stamp.put(p.own)
 		body = p.own
 	}
-	stop := context.AfterFunc(ctx, p.interrupt)
-	defer stop()
 	a, err := p.do(ctx, req.head, body)
 	if err != nil {
 		return Ack{Stamp: p.stamp}, err
@@ -177,8 +175,6 @@ type httpConsumer struct {
 
 // Receive implements Consumer.
 func (c *httpConsumer) Receive(ctx context.Context) (int, error) {
-	stop := context.AfterFunc(ctx, c.interrupt)
-	defer stop()
 	c.receipts = c.receipts[:0]
 	a, err := c.do(ctx, c.receive, nil)
 	switch {
@@ -222,8 +218,6 @@ func headLine(head []byte, name string) []byte {
 
 // Settle implements Consumer. The protocol acknowledges one message per request.
 func (c *httpConsumer) Settle(ctx context.Context) (int, error) {
-	stop := context.AfterFunc(ctx, c.interrupt)
-	defer stop()
 	done := 0
 	var failed error
 	for _, receipt := range c.receipts {

@@ -2,10 +2,12 @@ package bench
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io"
 	"mime"
 	"mime/multipart"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -161,7 +163,9 @@ func TestHTTPPublish(t *testing.T) {
 					t.Errorf("headers %v", h)
 				}
 			}
+			q.mu.Lock()
 			q.refuse = true
+			q.mu.Unlock()
 			if _, err := p.Publish(t.Context()); !errors.Is(err, errs.Of(errs.Overloaded)) {
 				t.Errorf("a refusal: %v", err)
 			}
@@ -233,7 +237,84 @@ func TestRunOverHTTP(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	q.mu.Lock() // a request that the run's end interrupted may still be served
+	defer q.mu.Unlock()
 	if r.Messages < 500 || r.Messages > int64(len(q.messages)) || len(r.Failed) > 0 || r.Publish.Count() != r.Requests {
 		t.Errorf("%+v, %d arrived", r, len(q.messages))
 	}
+}
+
+// BenchmarkClient shows what a request costs by the client of this package and by that of net/http. The other end does
+// as little as possible.
+func BenchmarkClient(b *testing.B) {
+	body := newBodies(1).next(1024)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				buf := make([]byte, 4096)
+				for got := 0; ; {
+					n, err := c.Read(buf[got:])
+					if err != nil {
+						return
+					}
+					got += n
+					if end := bytes.Index(buf[:got], []byte("\r\n\r\n")); end >= 0 && got >= end+4+len(body) {
+						got = 0
+						_, _ = io.WriteString(c, "HTTP/1.1 201 Created\r\nContent-Type: application/json\r\nTercet-Zones: 3\r\nContent-Length: 17\r\n\r\n{\"messageId\":\"1\"}")
+					}
+				}
+			}()
+		}
+	}()
+	b.Run("own", func(b *testing.B) {
+		d := &HTTPDriver{Addrs: []string{l.Addr().String()}, Workload: httpWorkload()}
+		d.Workload.Size = len(body)
+		if err := d.Prepare(); err != nil {
+			b.Fatal(err)
+		}
+		p, err := d.Publisher(0)
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer p.Close()
+		ctx, cancel := context.WithCancel(b.Context())
+		defer cancel()
+		b.ReportAllocs()
+		for b.Loop() {
+			if _, err := p.Publish(ctx); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("net-http", func(b *testing.B) {
+		client := &http.Client{Transport: &http.Transport{}}
+		defer client.CloseIdleConnections()
+		b.ReportAllocs()
+		for b.Loop() {
+			req, err := http.NewRequestWithContext(b.Context(), http.MethodPost, "http://"+l.Addr().String()+"/api/v3/topic/t", bytes.NewReader(body))
+			if err != nil {
+				b.Fatal(err)
+			}
+			req.Header.Set("Content-Type", wire.MediaOctets)
+			req.Header.Set(wire.HeaderRetention, "90")
+			resp, err := client.Do(req)
+			if err != nil {
+				b.Fatal(err)
+			}
+			if _, err := io.Copy(io.Discard, resp.Body); err != nil {
+				b.Fatal(err)
+			}
+			resp.Body.Close()
+		}
+	})
 }
