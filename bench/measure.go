@@ -25,8 +25,8 @@ type Plan struct {
 	// Progress is called about once a second while the workload runs.
 	Progress func(published, acknowledged int64)
 	// During is called when the part that counts has begun, on a goroutine of its own; Measure waits for it. It is
-	// told where the leader is, for instance to take a profile.
-	During func(ctx context.Context, leader SubjectNode)
+	// told who leads, and may for instance take profiles.
+	During func(ctx context.Context, s *Subject, leader string)
 }
 
 // Measure puts the workload on the subject and reports. The disk is probed before and after, in the same minute.
@@ -94,7 +94,7 @@ func (r *Report) load(ctx context.Context, s *Subject, p Plan, leader SubjectNod
 			}
 			if p.During != nil {
 				during = make(chan struct{})
-				go func() { defer close(during); p.During(ctx, leader) }()
+				go func() { defer close(during); p.During(ctx, s, leader.ID) }()
 			}
 		},
 		End: func() {

@@ -130,7 +130,7 @@ func (r *Report) Text(w io.Writer) error {
 	if len(r.Result.Failed) > 0 {
 		row("failed", "%s", failuresText(r.Result.Failed))
 	}
-	if r.SyncBytes > 0 {
+	if r.EntriesPerSync > 0 {
 		row("log", "%s per sync, %.1f entries, %.1f messages; a sync took %s ms on average", FormatBytes(r.SyncBytes),
 			r.EntriesPerSync, r.MessagesPerSync, formatMillis(int64(r.SyncMeanMicros)))
 	}
