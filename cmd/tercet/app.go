@@ -89,7 +89,12 @@ Exit codes: 0 ok, 1 failure, 2 usage, 3 not found, 4 precondition, 5 unavailable
 		&cobra.Group{ID: groupCluster, Title: "Cluster:"},
 		&cobra.Group{ID: groupDiagnose, Title: "Diagnose:"},
 	)
-	root.AddCommand(a.versionCommand())
+	root.AddCommand(
+		a.devCommand(), a.serverCommand(),
+		a.sendCommand(), a.receiveCommand(), a.ackCommand(), a.releaseCommand(), a.extendCommand(), a.peekCommand(), a.tailCommand(),
+		a.clusterCommand(),
+		a.walCommand(), a.versionCommand(),
+	)
 	asUsage(root)
 	return root
 }

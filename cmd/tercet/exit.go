@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"strings"
 
+	"tercet.dev/tercet/internal/client"
 	"tercet.dev/tercet/internal/errs"
 )
 
@@ -40,10 +42,11 @@ var errReported = errors.New("already reported")
 // exitCode maps an error to the process's exit code.
 func exitCode(err error) int {
 	var (
-		usage usageError
-		coded codedError
-		known *errs.Error
-		dial  *net.OpError
+		usage  usageError
+		coded  codedError
+		answer *client.Error
+		known  *errs.Error
+		dial   *net.OpError
 	)
 	switch {
 	case err == nil:
@@ -52,6 +55,8 @@ func exitCode(err error) int {
 		return coded.code
 	case errors.As(err, &usage), isCobraUsage(err):
 		return exitUsage
+	case errors.As(err, &answer):
+		return exitOfAnswer(answer)
 	case errors.As(err, &known):
 		return exitOf(known.Code)
 	case errors.Is(err, context.DeadlineExceeded):
@@ -71,17 +76,37 @@ func exitOf(c errs.Code) int {
 	case info.Outcome == errs.Unknown:
 		return exitOutcomeUnknown
 	}
-	switch info.Status {
-	case 400, 405, 413:
+	return exitOfStatus(info.Status)
+}
+
+// exitOfStatus maps an HTTP status whose outcome is known.
+func exitOfStatus(status int) int {
+	switch status {
+	case http.StatusBadRequest, http.StatusMethodNotAllowed, http.StatusRequestEntityTooLarge:
 		return exitUsage
-	case 404:
+	case http.StatusNotFound:
 		return exitNotFound
-	case 409, 410, 412:
+	case http.StatusConflict, http.StatusGone, http.StatusPreconditionFailed:
 		return exitPrecondition
-	case 408, 429, 503:
+	case http.StatusRequestTimeout, http.StatusTooManyRequests, http.StatusServiceUnavailable:
 		return exitUnavailable
 	}
 	return exitFailure
+}
+
+// exitOfAnswer maps what a request ended with. The outcome comes first: whether something may have happened is what
+// a script has to know above all.
+func exitOfAnswer(e *client.Error) int {
+	switch {
+	case e.Outcome == errs.Unknown:
+		return exitOutcomeUnknown
+	case e.Status == 0:
+		return exitUnavailable // no server could be reached
+	}
+	if code, ok := errs.ByName(e.Code); ok {
+		return exitOf(code)
+	}
+	return exitOfStatus(e.Status)
 }
 
 // isCobraUsage recognises the one mistake that cobra reports without passing a hook: an unknown command.
@@ -89,18 +114,30 @@ func isCobraUsage(err error) bool {
 	return strings.HasPrefix(err.Error(), "unknown command ")
 }
 
-// describe is what a person reads: the error, and the way out where the catalogue has one.
+// describe is what a person reads: the error, and the way out where there is one.
 func describe(err error) string {
+	text, hint := err.Error(), ""
+	var answer *client.Error
 	var known *errs.Error
-	if !errors.As(err, &known) {
-		return err.Error()
+	switch {
+	case errors.As(err, &answer):
+		hint = answer.Hint
+		if answer.Status == 0 && answer.Outcome == errs.None {
+			hint = "is the cluster running, and --server right? `tercet dev` starts one on this machine"
+		}
+		if answer.Outcome == errs.Unknown {
+			text += "\nthe outcome is not known: it may have been done"
+		}
+		if answer.RequestID != "" {
+			text += "\nrequest " + answer.RequestID
+		}
+	case errors.As(err, &known):
+		if hint = known.Hint; hint == "" {
+			hint = known.Code.Info().Hint
+		}
 	}
-	hint := known.Hint
 	if hint == "" {
-		hint = known.Code.Info().Hint
+		return text
 	}
-	if hint == "" {
-		return err.Error()
-	}
-	return fmt.Sprintf("%s\nhint: %s", err, hint)
+	return fmt.Sprintf("%s\nhint: %s", text, hint)
 }

@@ -4,6 +4,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"strings"
+	"text/tabwriter"
 )
 
 // outputFormat is the value of -o.
@@ -37,4 +39,18 @@ func (a *app) print(value any, text func(io.Writer) error) error {
 		return enc.Encode(value)
 	}
 	return text(a.out)
+}
+
+// note writes one line for people to stderr.
+func (a *app) note(format string, args ...any) {
+	fmt.Fprintf(a.err, format+"\n", args...)
+}
+
+// table writes rows in aligned columns, the first row being the headings.
+func table(w io.Writer, rows [][]string) error {
+	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	for _, row := range rows {
+		fmt.Fprintln(tw, strings.Join(row, "\t"))
+	}
+	return tw.Flush()
 }

@@ -19,6 +19,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -58,8 +59,9 @@ type Options struct {
 // Node is one node of the cluster.
 type Node struct {
 	ID, Zone string
-	// HTTP is the base URL, Peer the node-to-node address, LogFile where the node's log goes.
-	HTTP, Peer, LogFile string
+	// HTTP is the base URL, Peer the node-to-node address, LogFile where the node's log goes. PidFile holds the
+	// id of the node's present process.
+	HTTP, Peer, LogFile, PidFile string
 
 	httpPort, peerPort int
 }
@@ -75,6 +77,8 @@ type Cluster struct {
 	failed chan error
 	spawns chan spawn
 	done   sync.WaitGroup
+	// formed is set once all zones have been in sync.
+	formed atomic.Bool
 
 	mu struct {
 		sync.Mutex
@@ -92,13 +96,13 @@ type spawn struct {
 type ExitError struct {
 	Node string
 	Code int
-	// Message is the last line the child wrote.
+	// Message says how the child ended, and why where it said so.
 	Message string
 }
 
 // Error implements error.
 func (e *ExitError) Error() string {
-	return fmt.Sprintf("node %s: %s", e.Node, strings.TrimPrefix(e.Message, "tercet: "))
+	return fmt.Sprintf("node %s: %s", e.Node, e.Message)
 }
 
 // PortError is a port that something else listens on.
@@ -178,6 +182,7 @@ func (c *Cluster) choosePorts() error {
 			HTTP:     fmt.Sprintf("http://127.0.0.1:%d", httpPort),
 			Peer:     fmt.Sprintf("127.0.0.1:%d", peerPort),
 			LogFile:  filepath.Join(c.opts.Data, id+".log"),
+			PidFile:  filepath.Join(c.opts.Data, id+".pid"),
 			httpPort: httpPort, peerPort: peerPort,
 		}
 	}
@@ -252,6 +257,9 @@ func (c *Cluster) startNode(i int) error {
 	c.mu.Lock()
 	c.mu.processes[i] = cmd.Process
 	c.mu.Unlock()
+	if err := os.WriteFile(n.PidFile, []byte(strconv.Itoa(cmd.Process.Pid)+"\n"), 0o600); err != nil {
+		c.notice("node %s: %v", n.ID, err)
+	}
 	// A Stop that came in between has not seen this child.
 	select {
 	case <-c.stopping:
@@ -286,19 +294,25 @@ func (c *Cluster) mind(i int, cmd *exec.Cmd, pipe io.Reader, log *os.File) {
 	c.mu.Lock()
 	c.mu.processes[i] = nil
 	c.mu.Unlock()
+	os.Remove(n.PidFile)
 	select {
 	case <-c.stopping:
 		return
 	default:
 	}
-	code := cmd.ProcessState.ExitCode()
-	if code == 2 || code == 4 || !c.opts.Restart {
-		c.fail(&ExitError{Node: n.ID, Code: code, Message: last})
-		return
-	}
 	reason := "exit status 0"
 	if err != nil {
 		reason = err.Error()
+	}
+	if strings.HasPrefix(last, "tercet: ") {
+		reason += ": " + strings.TrimPrefix(last, "tercet: ")
+	}
+	// A node that ends by itself before the cluster has ever been whole, or that refuses to start, would do so
+	// again.
+	code := cmd.ProcessState.ExitCode()
+	if code == 2 || code == 4 || code > 0 && !c.formed.Load() || !c.opts.Restart {
+		c.fail(&ExitError{Node: n.ID, Code: code, Message: reason})
+		return
 	}
 	c.notice("node %s (zone %s) ended: %s; starting it again in %s", n.ID, n.Zone, reason, c.opts.RestartAfter)
 	select {
@@ -388,6 +402,7 @@ func (c *Cluster) WaitInSync(ctx context.Context) (Status, error) {
 	for {
 		s, err := status(ctx, client, c.Nodes[0].HTTP)
 		if err == nil && s.Leader != "" && len(s.InSync) == len(c.Nodes) {
+			c.formed.Store(true)
 			return s, nil
 		}
 		select {

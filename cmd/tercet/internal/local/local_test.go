@@ -125,8 +125,16 @@ func TestStartAndStop(t *testing.T) {
 	if pids[0] == 0 || pids[0] == pids[1] || pids[1] == pids[2] || pids[2] == 0 {
 		t.Fatalf("pids %v", pids)
 	}
+	for i, n := range c.Nodes {
+		if pid, err := os.ReadFile(n.PidFile); err != nil || strings.TrimSpace(string(pid)) != strconv.Itoa(pids[i]) {
+			t.Errorf("pid file of %s: %q, %v", n.ID, pid, err)
+		}
+	}
 	c.Stop()
 	for i, n := range c.Nodes {
+		if _, err := os.Stat(n.PidFile); err == nil {
+			t.Errorf("the pid file of %s is left", n.ID)
+		}
 		if syscall.Kill(pids[i], 0) == nil {
 			t.Errorf("process %d of %s still runs", pids[i], n.ID)
 		}
@@ -171,7 +179,7 @@ func TestRefusal(t *testing.T) {
 	c, _ := start(t, "refuse", Options{Restart: true, RestartAfter: time.Millisecond})
 	_, err := c.WaitInSync(context.Background())
 	var exit *ExitError
-	if !errors.As(err, &exit) || exit.Code != 4 || exit.Message != "tercet: the data directory of a member is empty" {
+	if !errors.As(err, &exit) || exit.Code != 4 || exit.Message != "exit status 4: the data directory of a member is empty" {
 		t.Errorf("error %v", err)
 	}
 	select {

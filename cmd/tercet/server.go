@@ -1,0 +1,391 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"tercet.dev/tercet/raft"
+	"tercet.dev/tercet/server"
+)
+
+// The default addresses of a node: loopback on these ports.
+const (
+	defaultHTTP = ":7300"
+	defaultPeer = ":7400"
+)
+
+// shutdownPatience bounds each step of an orderly stop; what is not done by then is cut off, which loses nothing
+// that was acknowledged.
+const shutdownPatience = 10 * time.Second
+
+// serverOptions are the flags of `tercet server`.
+type serverOptions struct {
+	nodeID, zone, data string
+	http, peer, valkey string
+	peers, join        []string
+	publicHosts        []string
+	durability         string
+	zoneTimeout        time.Duration
+	drainGrace         time.Duration
+	diskReserve        byteSize
+	walSegmentSize     byteSize
+	memory             byteSize
+	insecure           bool
+	virtualClock       bool
+	logFormat          string
+	logLevel           string
+}
+
+func (o *serverOptions) register(f *pflag.FlagSet) {
+	f.StringVar(&o.nodeID, "node-id", "", "`name` of this node, unique in the cluster (required)")
+	f.StringVar(&o.zone, "zone", "", "`zone` (failure domain) of this node (default: the node id)")
+	f.StringVar(&o.data, "data", "", "data `directory` (required)")
+	f.StringVar(&o.http, "http", defaultHTTP, "HTTP `address`; without a host 127.0.0.1 and ::1")
+	f.StringVar(&o.peer, "peer", defaultPeer, "`address` for the other nodes; without a host 127.0.0.1 and ::1")
+	f.StringVar(&o.valkey, "valkey", "", "reserved: this release has no Valkey front end and does not listen on this `address`")
+	f.StringSliceVar(&o.peers, "peers", nil, "founding members as `n1=H:P,n2=H:P,…`, the same on all of them; read while the data directory is empty")
+	f.StringSliceVar(&o.join, "join", nil, "`addresses` of members to ask for admission with an empty data directory, instead of --peers")
+	f.StringSliceVar(&o.publicHosts, "public-host", nil, "host `names`, besides addresses and localhost, that requests may be addressed to")
+	f.StringVar(&o.durability, "durability", "in-sync", "what a publish waits for: the disks of the in-sync zones, or of `all` zones")
+	f.DurationVar(&o.zoneTimeout, "zone-timeout", 2*time.Second, "how long a silent zone stays in the in-sync set")
+	f.DurationVar(&o.drainGrace, "drain-grace", 0, "how long to go on serving after /readyz turned 503 at a stop, for load balancers")
+	f.Var(&o.diskReserve, "disk-reserve", "free space below which publishes are refused (default: 5 % of the disk, at most 1 GiB)")
+	f.Var(&o.walSegmentSize, "wal-segment-size", "size of a log segment (default 64 MiB)")
+	f.Var(&o.memory, "memory", "budget for caches, buffers and queues (default: a quarter of the memory, at most 1 GiB)")
+	f.BoolVar(&o.insecure, "insecure", false, "allow addresses that others can reach although there is no authentication")
+	f.BoolVar(&o.virtualClock, "virtual-clock", false, "let POST /v1/clock/advance move the cluster's time, for tests")
+	f.StringVar(&o.logFormat, "log-format", "text", "`format` of the log: text or json")
+	f.StringVar(&o.logLevel, "log-level", "info", "lowest `level` that is logged: trace, debug, info, warn or error")
+	f.String("config", "", "YAML `file` with the same names as keys; flags and environment come first")
+}
+
+func (a *app) serverCommand() *cobra.Command {
+	var o serverOptions
+	cmd := &cobra.Command{
+		Use:     "server",
+		Short:   "Run one node",
+		GroupID: groupRun,
+		Long: `Runs one node. Empty data directories form a cluster when all --peers are present and empty; later
+starts need no --peers. With neither --peers nor --join the node is a cluster of one.
+
+Each flag can also be set as TERCET_… (--zone-timeout is TERCET_ZONE_TIMEOUT; TERCET_…_FILE names a file
+that holds the value) and in a YAML file. A flag comes before the environment, that before the file.
+
+SIGTERM drains: /readyz turns 503, waiting receives are sent elsewhere, leadership is handed on, requests
+in flight are finished. A second signal ends the process at once.`,
+		Example: examples(`
+			tercet server --node-id n1 --data /var/lib/tercet
+			tercet server --node-id n1 --zone a --data /var/lib/tercet --peers n1=127.0.0.1:7401,n2=127.0.0.1:7402,n3=127.0.0.1:7403 --peer 127.0.0.1:7401
+			tercet server --config /etc/tercet.yaml --log-format json
+			tercet server --node-id n2 --zone b --data /var/lib/tercet --join 127.0.0.1:7401`),
+		Args:        cobra.NoArgs,
+		Annotations: map[string]string{annotationNode: "all"},
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return a.server(cmd.Context(), &o)
+		},
+	}
+	o.register(cmd.Flags())
+	return cmd
+}
+
+var nodeName = regexp.MustCompile(`^[A-Za-z0-9_-]{1,64}$`)
+
+// config checks all flags and turns them into the node's configuration. It opens nothing.
+func (o *serverOptions) config() (raft.Config, error) {
+	var problems []error
+	problem := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
+	cfg := raft.Config{
+		Name: o.nodeID, Zone: o.zone, Dir: o.data, Version: version, Join: o.join,
+		ZoneTimeout: o.zoneTimeout, DiskReserve: int64(o.diskReserve), WALSegmentSize: int64(o.walSegmentSize),
+		MemoryBudget: int64(o.memory), VirtualClock: o.virtualClock,
+	}
+	if !nodeName.MatchString(o.nodeID) {
+		problem("--node-id %q: want 1 to 64 characters out of A-Z a-z 0-9 _ -", o.nodeID)
+	}
+	if cfg.Zone == "" {
+		cfg.Zone = o.nodeID
+	} else if !nodeName.MatchString(cfg.Zone) {
+		problem("--zone %q: want 1 to 64 characters out of A-Z a-z 0-9 _ -", o.zone)
+	}
+	if o.data == "" {
+		problem("--data is required")
+	}
+	if o.zoneTimeout < 500*time.Millisecond {
+		problem("--zone-timeout %s: want at least 500ms", o.zoneTimeout)
+	}
+	if n := int64(o.walSegmentSize); n != 0 && (n < 1<<20 || n%4096 != 0) {
+		problem("--wal-segment-size %s: want a multiple of 4096 from 1 MiB up", &o.walSegmentSize)
+	}
+	durability, err := raft.ParseDurability(o.durability)
+	if err != nil {
+		problem("--durability: %w", err)
+	}
+	cfg.Durability = durability
+	for _, f := range []struct{ flag, addr string }{{"--http", o.http}, {"--peer", o.peer}, {"--valkey", o.valkey}} {
+		if f.addr == "" {
+			continue
+		}
+		if err := checkAddress(f.addr, o.insecure); err != nil {
+			problem("%s: %w", f.flag, err)
+		}
+	}
+	if o.http == o.peer && !strings.HasSuffix(o.http, ":0") {
+		problem("--http and --peer are both %s", o.http)
+	}
+	cfg.HTTPAddr, cfg.PeerAddr = advertised(o.http), advertised(o.peer)
+	cfg.Peers, err = parsePeers(o.peers)
+	if err != nil {
+		problem("--peers: %w", err)
+	}
+	own := false
+	for _, p := range cfg.Peers {
+		if p.Name == o.nodeID {
+			own = true
+			cfg.PeerAddr = p.Addr
+		}
+	}
+	if len(cfg.Peers) > 0 && !own {
+		problem("--peers names no node %q, which --node-id says this is", o.nodeID)
+	}
+	if host, _, err := net.SplitHostPort(cfg.PeerAddr); err == nil {
+		if ip, err := netip.ParseAddr(host); err == nil && ip.IsUnspecified() {
+			problem("--peer %s is no address that others can dial: name one, or give this node's in --peers", o.peer)
+		}
+	}
+	if len(o.join) > 0 {
+		cfg.Peers = nil
+	}
+	return cfg, errors.Join(problems...)
+}
+
+// checkAddress refuses addresses that are malformed, or that others can reach although nobody is asked who they are.
+func checkAddress(addr string, insecure bool) error {
+	if strings.Contains(addr, "://") {
+		return fmt.Errorf("address %q: want HOST:PORT without a scheme", addr)
+	}
+	_, err := server.CheckBind(addr, false, insecure)
+	return err
+}
+
+// advertised is how others reach what listens on addr.
+func advertised(addr string) string {
+	if host, port, err := net.SplitHostPort(addr); err == nil && host == "" {
+		return net.JoinHostPort("127.0.0.1", port)
+	}
+	return addr
+}
+
+func parsePeers(list []string) ([]raft.Peer, error) {
+	var peers []raft.Peer
+	seen := map[string]bool{}
+	for _, item := range list {
+		name, addr, ok := strings.Cut(strings.TrimSpace(item), "=")
+		if !ok || !nodeName.MatchString(name) {
+			return nil, fmt.Errorf("%q: want NAME=HOST:PORT", item)
+		}
+		if _, _, err := net.SplitHostPort(addr); err != nil {
+			return nil, fmt.Errorf("%q: want NAME=HOST:PORT", item)
+		}
+		if seen[name] || seen[addr] {
+			return nil, fmt.Errorf("%q: its name or address stands twice", item)
+		}
+		seen[name], seen[addr] = true, true
+		peers = append(peers, raft.Peer{Name: name, Addr: addr})
+	}
+	return peers, nil
+}
+
+func (o *serverOptions) logger(w *os.File) (hclog.Logger, error) {
+	level := hclog.LevelFromString(o.logLevel)
+	if level == hclog.NoLevel {
+		return nil, fmt.Errorf("--log-level %q: want trace, debug, info, warn or error", o.logLevel)
+	}
+	if o.logFormat != "text" && o.logFormat != "json" {
+		return nil, fmt.Errorf("--log-format %q: want text or json", o.logFormat)
+	}
+	return hclog.New(&hclog.LoggerOptions{
+		Name: "tercet", Level: level, Output: w, JSONFormat: o.logFormat == "json",
+		TimeFormat: "2006-01-02T15:04:05.000Z07:00", TimeFn: func() time.Time { return time.Now().UTC() },
+	}), nil
+}
+
+// server runs one node until a signal or a fatal error.
+func (a *app) server(ctx context.Context, o *serverOptions) error {
+	cfg, problem := o.config()
+	log, err := o.logger(os.Stderr)
+	if err := errors.Join(problem, err); err != nil {
+		return usageError{err}
+	}
+
+	// From here on a first signal ends what is going on in good order, and a second one ends the process.
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	ended := make(chan struct{})
+	defer close(ended)
+	go func() {
+		select {
+		case s := <-a.signals:
+			log.Info("stopping", "signal", s)
+			stop(errStopped)
+		case <-ended:
+			return
+		}
+		select {
+		case s := <-a.signals:
+			log.Warn("stopping at once", "signal", s)
+			os.Exit(exitFailure)
+		case <-ended:
+		}
+	}()
+
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	insecure := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "tercet_insecure",
+		Help: "1 when --insecure allows addresses that others can reach without authentication.",
+	})
+	built := thisBuild()
+	info := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name:        "tercet_build_info",
+		Help:        "1, labelled with what the binary was built from.",
+		ConstLabels: prometheus.Labels{"version": built.Version, "go": built.Go, "raft": built.Raft, "pebble": built.Pebble},
+	})
+	info.Set(1)
+	registry.MustRegister(insecure, info)
+	if o.insecure {
+		insecure.Set(1)
+		log.Warn("--insecure: whoever reaches this node's addresses can read and write everything")
+	}
+	if o.valkey != "" {
+		log.Warn("--valkey is reserved: this release has no Valkey front end and does not listen there", "address", o.valkey)
+	}
+
+	httpListeners, err := listenAs(ctx, "--http", o.http)
+	if err != nil {
+		return err
+	}
+	defer closeAll(httpListeners)
+	cfg.PeerListeners, err = listenAs(ctx, "--peer", o.peer)
+	if err != nil {
+		return err
+	}
+	limitMemory(log)
+	log.Info("starting", "version", version, "node", cfg.Name, "zone", cfg.Zone, "data", cfg.Dir,
+		"http", o.http, "peer", o.peer, "durability", cfg.Durability, "pid", os.Getpid())
+
+	cfg.Logger, cfg.Registerer = log, registry
+	node, err := raft.Start(ctx, cfg)
+	if err != nil {
+		if errors.Is(context.Cause(ctx), errStopped) {
+			return nil
+		}
+		var refusal *raft.StartError
+		if errors.As(err, &refusal) {
+			return codedError{exitPrecondition, err}
+		}
+		return err
+	}
+	defer node.Close()
+
+	srv, err := server.New(server.Options{
+		Backend: node, Version: version, Logger: log.Named("http"), Registerer: registry, Gatherer: registry,
+		PublicHosts: o.publicHosts, VirtualClock: o.virtualClock,
+	})
+	if err != nil {
+		return err
+	}
+	failed := make(chan error, len(httpListeners)+1)
+	for _, l := range httpListeners {
+		go func() { failed <- srv.Serve(l) }()
+	}
+	notifySystemd("READY=1")
+
+	select {
+	case <-ctx.Done():
+	case <-node.Done():
+		_ = srv.Close()
+		return fmt.Errorf("the node stopped: %w", node.Err())
+	case err := <-failed:
+		return fmt.Errorf("HTTP server: %w", err)
+	}
+
+	notifySystemd("STOPPING=1")
+	return drain(log, srv, node, o.drainGrace)
+}
+
+// errStopped is the cause of a context that a signal ended.
+var errStopped = errors.New("stopped by a signal")
+
+// drain stops a serving node without consequences for its clients.
+func drain(log hclog.Logger, srv *server.Server, node *raft.Node, grace time.Duration) error {
+	start := time.Now()
+	srv.Drain()
+	if grace > 0 {
+		select {
+		case <-time.After(grace):
+		case <-node.Done():
+		}
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), shutdownPatience)
+	defer cancel()
+	if err := node.Drain(ctx); err != nil {
+		log.Warn("the node was not drained in full", "error", err)
+	}
+	// The node passes requests on to the new leader until it is closed, so HTTP ends first.
+	ctx, cancel = context.WithTimeout(context.Background(), shutdownPatience)
+	defer cancel()
+	if err := srv.Shutdown(ctx); err != nil {
+		log.Warn("some requests were cut off", "error", err)
+	}
+	if err := node.Close(); err != nil {
+		return fmt.Errorf("close the node: %w", err)
+	}
+	log.Info("stopped", "after", time.Since(start).Round(time.Millisecond))
+	return nil
+}
+
+// listenAs listens on the address of a flag.
+func listenAs(ctx context.Context, flag, addr string) ([]net.Listener, error) {
+	ls, err := server.Listen(ctx, addr)
+	if err != nil {
+		return nil, codedError{exitPrecondition, fmt.Errorf("%s %s: %w", flag, addr, err)}
+	}
+	return ls, nil
+}
+
+func closeAll(ls []net.Listener) {
+	for _, l := range ls {
+		l.Close()
+	}
+}
+
+// notifySystemd tells a supervisor that asked for it (NOTIFY_SOCKET) about the process's state. A supervisor that
+// cannot be told is no reason to fail.
+func notifySystemd(state string) {
+	path := os.Getenv("NOTIFY_SOCKET")
+	if path == "" {
+		return
+	}
+	if strings.HasPrefix(path, "@") {
+		path = "\x00" + path[1:] // an abstract socket
+	}
+	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		return
+	}
+	defer conn.Close()
+	_, _ = conn.Write([]byte(state))
+}
