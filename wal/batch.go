@@ -171,7 +171,7 @@ func (w *WAL) putCommits(b *batch) {
 // the shards' state. Called with mu; nothing is being filled.
 func (w *WAL) rotate() {
 	old, end := w.tail.seg, w.tail.off
-	w.tail.seg = newSegment(w.opts.Dir, old.id+1)
+	w.tail.seg = newSegment(w.opts.Dir, old.id+1, w.opts.SegmentSize)
 	w.tail.off, w.tail.prev = 0, 0
 	w.segs = append(w.segs, w.tail.seg)
 	w.rotations.Add(1)

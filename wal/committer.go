@@ -110,7 +110,6 @@ func (w *WAL) write(b *batch) error {
 		if err != nil {
 			return err
 		}
-		b.seg.size = w.opts.SegmentSize
 		b.seg.file = f
 	}
 	n := disk.AlignUp(b.n)

@@ -153,6 +153,9 @@ func (p *prober) findChain(ids []uint64) (chain, error) {
 	var head *batchHeader
 	for ; last >= 0; last-- {
 		err := p.with(ids[last], 0, func(sc *scanner) (err error) {
+			if sc.size < SegmentSizeMin || sc.size%blockSize != 0 {
+				return p.corrupt(ids[last], sc.size, "the file has been cut: segments get their name at full size")
+			}
 			head, _, err = sc.head()
 			return err
 		})
@@ -458,8 +461,12 @@ func (p *replay) damaged(sc *scanner, l link, st stop, proof string) *Corruption
 		after := &firstEntries{first: make(map[uint16]uint64)}
 		sc.from(at, after)
 		for id, first := range after.first {
-			if s := p.shards[id]; s != nil && first > s.next && (e.First == 0 || id < e.Shard) {
-				e.Shard, e.First, e.Last = id, max(s.next, 1), first-1
+			next := uint64(1)
+			if s := p.shards[id]; s != nil {
+				next = max(s.next, 1)
+			}
+			if first > next && (e.First == 0 || id < e.Shard) {
+				e.Shard, e.First, e.Last = id, next, first-1
 			}
 		}
 		if e.First != 0 {
@@ -542,8 +549,8 @@ func (w *WAL) recover() (*found, error) {
 		if err != nil {
 			return nil, err
 		}
-		seg := newSegment(w.opts.Dir, l.id)
-		seg.file, seg.size = file, sc.size
+		seg := newSegment(w.opts.Dir, l.id, sc.size)
+		seg.file = file
 		seg.synced.Store(sc.size)
 		segs[l.id] = seg
 		w.segs = append(w.segs, seg)
@@ -609,7 +616,7 @@ func (w *WAL) begin(f *found) error {
 	}
 	w.keeper.wanted = id
 	w.mu.Lock()
-	w.tail.seg = newSegment(w.opts.Dir, id)
+	w.tail.seg = newSegment(w.opts.Dir, id, w.opts.SegmentSize)
 	w.segs = append(w.segs, w.tail.seg)
 	w.beginSegment(f.prevSeg, uint64(f.prevEnd))
 	w.mu.Unlock()

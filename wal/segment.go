@@ -43,7 +43,7 @@ type segment struct {
 
 	// file is set before the segment's first byte is durable, and read only by those who look for durable bytes.
 	file disk.File
-	// size of the file, set with file.
+	// size of the file; it never changes.
 	size int64
 
 	// synced is the offset up to which the file is durable and will not be written again.
@@ -57,8 +57,8 @@ type segment struct {
 	refs atomic.Int64
 }
 
-func newSegment(dir string, id uint64) *segment {
-	s := &segment{id: id, path: filepath.Join(dir, segmentName(id))}
+func newSegment(dir string, id uint64, size int64) *segment {
+	s := &segment{id: id, path: filepath.Join(dir, segmentName(id)), size: size}
 	s.refs.Store(1)
 	return s
 }

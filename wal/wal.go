@@ -416,10 +416,9 @@ func (w *WAL) Stats() Stats {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	s.Segments = len(w.segs)
-	for _, seg := range w.segs[:max(len(w.segs)-1, 0)] {
+	for _, seg := range w.segs {
 		s.Bytes += seg.size
 	}
-	s.Bytes += w.opts.SegmentSize
 	s.RingBytes = w.ring.bytes
 	return s
 }
