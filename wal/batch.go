@@ -12,7 +12,7 @@ import (
 const batchBytes = 1 << 20
 
 // sparesMax bounds the buffers kept for reuse.
-const sparesMax = 4
+const sparesMax = 8
 
 // batch is what one write and one sync bring to disk: a header and records, padded to whole blocks. It is bound to a
 // place in a segment from the start, since the checksums of its records cover that place. It is filled under WAL.mu

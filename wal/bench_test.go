@@ -68,13 +68,58 @@ func BenchmarkAppend(b *testing.B) {
 						b.Fatal(err)
 					}
 				}
-				if i%4096 == 4095 {
-					if err := s.TruncatePrefix(uint64(i - 2000)); err != nil {
+				if every := 16 << 20 / size; i%every == every-1 {
+					if err := s.TruncatePrefix(uint64(i)); err != nil {
 						b.Fatal(err)
 					}
 				}
 			}
 		})
+	}
+}
+
+// BenchmarkProbe is what the disk itself takes: one write and sync after the other over a filled file.
+func BenchmarkProbe(b *testing.B) {
+	for _, mode := range []disk.Mode{disk.Direct, disk.Buffered} {
+		for _, size := range []int{4 << 10, 68 << 10, 260 << 10} {
+			b.Run(fmt.Sprintf("%s/%d", mode, size), func(b *testing.B) {
+				const fileSize = 32 << 20
+				fsys, dir := disk.OS(), benchDir(b)
+				if err := fsys.MkdirAll(dir); err != nil {
+					b.Fatal(err)
+				}
+				name := filepath.Join(dir, "probe")
+				f, err := fsys.Create(name, mode)
+				if err != nil {
+					b.Skip(err)
+				}
+				defer func() { _ = f.Close() }()
+				buf := disk.Aligned(1 << 20)
+				for off := int64(0); off < fileSize; off += int64(len(buf)) {
+					if _, err := f.WriteAt(buf, off); err != nil {
+						b.Fatal(err)
+					}
+				}
+				if err := f.Sync(); err != nil {
+					b.Fatal(err)
+				}
+				b.SetBytes(int64(size))
+				b.ResetTimer()
+				off := int64(0)
+				for range b.N {
+					if off+int64(size) > fileSize {
+						off = 0
+					}
+					if _, err := f.WriteAt(buf[:size], off); err != nil {
+						b.Fatal(err)
+					}
+					if err := f.Sync(); err != nil {
+						b.Fatal(err)
+					}
+					off += int64(size)
+				}
+			})
+		}
 	}
 }
 

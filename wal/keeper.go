@@ -433,16 +433,14 @@ func (k *keeper) rewrite() (bool, error) {
 			}
 		}
 	}
-	pinned := front.pin()
 	w.mu.Unlock()
-	if !pinned {
-		return false, nil
-	}
-	defer front.unpin()
 	var lsn LSN
 	for _, it := range items {
 		var e Entry
-		if err := w.readEntry(it.shard.id, it.index, it.loc, &e); err != nil {
+		switch err := it.shard.Get(it.index, &e); {
+		case errors.Is(err, ErrNotFound):
+			continue // truncated meanwhile
+		case err != nil:
 			return false, err
 		}
 		h := recordHeader{
