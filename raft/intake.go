@@ -55,6 +55,8 @@ type intake struct {
 	// release gives back what an abandoned receive was given.
 	release  func(call *call, deliveries []engine.Delivery)
 	bytesMax int64
+	// slice is parkSliceMax, unless a test wants to see wake-ups that are lost.
+	slice time.Duration
 
 	mu      sync.Mutex
 	id      engine.IntakeID // 0: not open yet
@@ -104,7 +106,7 @@ type call struct {
 }
 
 func newIntake(self engine.NodeID, s sender, now func() time.Time, bytesMax int64) *intake {
-	return &intake{self: self, sender: s, now: now, bytesMax: bytesMax, calls: make([]*call, 256), lowest: 1, next: 1,
+	return &intake{self: self, sender: s, now: now, bytesMax: bytesMax, slice: parkSliceMax, calls: make([]*call, 256), lowest: 1, next: 1,
 		kick: make(chan struct{}, 1), release: func(*call, []engine.Delivery) {}}
 }
 
@@ -202,7 +204,7 @@ func (in *intake) sendLocked(c *call) *op {
 	o.require, o.since, o.repeat = c.require, c.since, c.proposed
 	if !c.waitUntil.IsZero() {
 		o.parkUntil = c.waitUntil
-		if slice := in.now().Add(parkSliceMax); slice.Before(c.waitUntil) {
+		if slice := in.now().Add(in.slice); slice.Before(c.waitUntil) {
 			o.parkUntil = slice
 		}
 	}

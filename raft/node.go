@@ -52,6 +52,8 @@ type testHooks struct {
 	// keepLogBytes overrides keepLogBytes, when not zero.
 	keepLogBytes int64
 	direct       wal.DirectMode
+	// parkSlice overrides parkSliceMax, when not zero.
+	parkSlice time.Duration
 }
 
 // A Node is one member of the cluster. Its methods may be called from any goroutine.
@@ -421,6 +423,9 @@ func (n *Node) buildService() {
 	n.outbox = &outbox{self: n.id, mesh: n.mesh, now: n.now, local: n.accept, dropLocal: n.dropOp}
 	n.intake = newIntake(n.id, n.outbox, n.now, max(n.cfg.MemoryBudget/8, 16<<20))
 	n.intake.release = n.release
+	if n.cfg.test.parkSlice != 0 {
+		n.intake.slice = n.cfg.test.parkSlice
+	}
 	n.reads = newReadRounds(n.now, n.evidenceSince)
 }
 

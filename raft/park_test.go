@@ -3,11 +3,14 @@ package raft
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"tercet.dev/tercet/engine"
+	"tercet.dev/tercet/internal/errs"
 )
 
 // parkedCommand is a receive that may wait.
@@ -157,4 +160,79 @@ func TestAbandonedReceive(t *testing.T) {
 		cancel()
 	}
 	wg.Wait()
+}
+
+// No wake-up is lost (decision 24): every group of a topic gets every message though nothing but wake-ups can bring
+// it to the receives that wait. They wait under one number for an hour, so that no renewal hides a loss; messages
+// become deliverable by publish, by release, by expired leases and by acknowledgements that free concurrency.
+func TestNoWakeUpIsLost(t *testing.T) {
+	seed := testSeed(t)
+	messages := 400
+	if campaign() {
+		messages = 20_000
+	}
+	c := newCluster(t, func(cfg *Config) { cfg.test.parkSlice = time.Hour })
+	c.start(founders...)
+	c.inSync(3)
+	groups := []string{"g0", "g1", "g2"}
+	for _, g := range groups {
+		must(t, c.node("n1"), Proposal{Command: receiveCommand("t", g, 1)}) // creates topic and group, or neither
+	}
+	must(t, c.node("n1"), Proposal{Command: publishCommand("t", "seed")})
+	var wg sync.WaitGroup
+	var left sync.Map // group → how many messages it still has to acknowledge
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	for gi, g := range groups {
+		remaining := new(atomic.Int64)
+		remaining.Store(int64(messages) + 1)
+		left.Store(g, remaining)
+		for k := range 5 {
+			rnd := rand.New(rand.NewPCG(seed, uint64(gi*100+k)))
+			via := c.node(founders[(gi+k)%3])
+			wg.Go(func() {
+				for ctx.Err() == nil {
+					r := &engine.Receive{Topic: "t", Group: g, Max: 1 + rnd.IntN(3), Visibility: time.Duration(1+rnd.IntN(2)) * time.Second}
+					if gi == 2 {
+						r.MaxConcurrency = 4
+					}
+					got, err := via.Propose(ctx, Proposal{Command: r.AppendTo(nil), Wait: time.Hour})
+					if err != nil {
+						if ctx.Err() == nil {
+							t.Errorf("receive: %v", err)
+						}
+						return
+					}
+					for _, d := range got.Deliveries {
+						s := &engine.Settle{Topic: "t", Group: g, Op: engine.Acknowledge, Receipts: []engine.Receipt{d.Receipt}}
+						switch rnd.IntN(20) {
+						case 0:
+							continue // the lease runs out
+						case 1:
+							s.Op = engine.Extend // released at once
+						}
+						a, err := via.Propose(ctx, Proposal{Command: s.AppendTo(nil)})
+						if err == nil && s.Op == engine.Acknowledge && a.Codes[0] == errs.OK && remaining.Add(-1) == 0 {
+							return
+						}
+					}
+				}
+			})
+		}
+	}
+	rnd := rand.New(rand.NewPCG(seed, 999))
+	for i := 0; i < messages; {
+		n := min(1+rnd.IntN(4), messages-i)
+		bodies := make([]string, n)
+		must(t, c.node(founders[rnd.IntN(3)]), Proposal{Command: publishCommand("t", bodies...)})
+		i += n
+	}
+	c.eventually("all groups to have everything", func() bool {
+		done := true
+		left.Range(func(_, v any) bool { done = done && v.(*atomic.Int64).Load() <= 0; return done })
+		return done
+	})
+	cancel()
+	wg.Wait()
+	c.eventually("an empty lot", func() bool { return c.node(c.leader()).coal.lot.len() == 0 })
 }
