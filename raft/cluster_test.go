@@ -140,7 +140,7 @@ func (c *cluster) all() []*Node {
 	return out
 }
 
-// eventually waits until ok holds, looking whenever a node has applied something, and now and then.
+// eventually waits until ok holds.
 func (c *cluster) eventually(what string, ok func() bool) {
 	c.t.Helper()
 	deadline := time.After(testTimeout)
@@ -152,6 +152,19 @@ func (c *cluster) eventually(what string, ok func() bool) {
 			}
 			c.t.Fatalf("waited %v for: %s", testTimeout, what)
 		case <-time.After(2 * time.Millisecond):
+		}
+	}
+}
+
+// poll waits until ok holds.
+func poll(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	deadline := time.After(testTimeout)
+	for !ok() {
+		select {
+		case <-deadline:
+			t.Fatalf("waited %v for: %s", testTimeout, what)
+		case <-time.After(time.Millisecond):
 		}
 	}
 }

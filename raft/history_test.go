@@ -77,7 +77,7 @@ var queueModel = porcupine.NondeterministicModel{
 		}
 		return []any{done}
 	},
-	Equal: func(a, b any) bool { return a.(queueState) == b.(queueState) },
+	Equal:             func(a, b any) bool { return a.(queueState) == b.(queueState) },
 	DescribeOperation: func(input, output any) string { return fmt.Sprintf("%+v → %+v", input, output) },
 }
 
@@ -110,7 +110,7 @@ func TestHistoryIsLinearizable(t *testing.T) {
 				for ctx.Err() == nil && count.Add(1) < 1500 {
 					n := c.node(founders[seq.IntN(3)])
 					if n == nil {
-						time.Sleep(time.Millisecond) // the node is being restarted
+						<-time.After(time.Millisecond) // the node is being restarted
 						continue
 					}
 					opCtx, cancel := context.WithTimeout(context.Background(), 3*time.Second)

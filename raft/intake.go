@@ -189,7 +189,7 @@ func (in *intake) findLocked(number uint64) *call {
 // sendLocked makes the op of c's next attempt, for the route of the moment.
 func (in *intake) sendLocked(c *call) *op {
 	o := &c.first
-	if c.sent > 0 {
+	if c.present != nil {
 		o = new(op)
 	}
 	c.attempt++
@@ -396,6 +396,7 @@ func (in *intake) setRoute(r route) {
 		}
 		c.proposed = !c.takeBackLocked()
 		in.holdLocked(c)
+		c.heldAt = time.Time{} // a new route: no reason to wait
 	}
 	in.kickLocked()
 }

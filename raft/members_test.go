@@ -36,7 +36,7 @@ func startLoad(t *testing.T, publishers int, via func() *Node) *load {
 			for i := 0; ctx.Err() == nil; i++ {
 				n := via()
 				if n == nil {
-					time.Sleep(time.Millisecond) // the node is being restarted
+					<-time.After(time.Millisecond) // the node is being restarted
 					continue
 				}
 				id := fmt.Sprintf("%d-%d", p, i)

@@ -144,7 +144,7 @@ func startConsumers(t *testing.T, count int, via func() *Node) *consumers {
 			for !s.quit.Load() {
 				n := via()
 				if n == nil {
-					time.Sleep(time.Millisecond) // the node is being restarted
+					<-time.After(time.Millisecond) // the node is being restarted
 					continue
 				}
 				r, err := n.Propose(testContext(t), Proposal{Command: receiveCommand("load", "g", 4), Wait: 100 * time.Millisecond})
