@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"tercet.dev/tercet/internal/errs"
-	"tercet.dev/tercet/wal/disk"
 )
 
 // BenchmarkPublish measures publishes of 1 KiB through the leader of three nodes in one process, on the directory of
@@ -36,7 +35,7 @@ func benchmarkPublish(b *testing.B, publishers int) {
 	for i, p := range peers {
 		cfg := Config{Name: p.Name, Dir: filepath.Join(dir, p.Name), PeerAddr: p.Addr, Peers: peers, DiskReserve: 1 << 20}
 		if d, err := time.ParseDuration(os.Getenv("TERCET_BENCH_SYNC")); err == nil {
-			cfg.test.disk = disk.WithSyncDelay(disk.OS(), d)
+			cfg.SyncDelay = d
 		}
 		wg.Go(func() {
 			n, err := Start(context.Background(), cfg)

@@ -13,6 +13,7 @@ type metrics struct {
 	isLeader      prometheus.Gauge
 	leaderChanges prometheus.Counter
 	fsync         prometheus.Histogram
+	synced        prometheus.Counter
 	checkpoint    prometheus.Histogram
 }
 
@@ -30,6 +31,8 @@ func newMetrics(n *Node) *metrics {
 	m.fsync = prometheus.NewHistogram(prometheus.HistogramOpts{Name: "tercet_wal_fsync_duration_seconds",
 		Help:    "Time to write and sync one batch of the write-ahead log.",
 		Buckets: []float64{.00005, .0001, .0002, .0004, .0008, .0016, .0032, .0064, .0128, .0256, .0512, .1, .2, .4, .8, 1.6, 3.2}})
+	m.synced = prometheus.NewCounter(prometheus.CounterOpts{Name: "tercet_wal_synced_bytes_total",
+		Help: "Bytes written by the synced batches of the write-ahead log."})
 	m.checkpoint = prometheus.NewHistogram(prometheus.HistogramOpts{Name: "tercet_checkpoint_duration_seconds",
 		Help:    "Time to make the engine's state durable.",
 		Buckets: prometheus.ExponentialBuckets(.001, 2, 14)})
@@ -41,7 +44,7 @@ func newMetrics(n *Node) *metrics {
 			return f()
 		})
 	}
-	m.collectors = []prometheus.Collector{m.inSync, m.isLeader, m.leaderChanges, m.fsync, m.checkpoint,
+	m.collectors = []prometheus.Collector{m.inSync, m.isLeader, m.leaderChanges, m.fsync, m.synced, m.checkpoint,
 		gauge("tercet_raft_term", "The term this node is in.", func() float64 { return float64(n.raft.CurrentTerm()) }),
 		gauge("tercet_raft_last_index", "The last entry of this node's log.", func() float64 { return float64(n.logs.Last()) }),
 		gauge("tercet_raft_durable_index", "The last entry this node's disk holds.", func() float64 { return float64(n.logs.Durable()) }),

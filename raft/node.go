@@ -205,6 +205,9 @@ func (c *Config) fill() error {
 	if c.test.disk == nil {
 		c.test.disk = disk.OS()
 	}
+	if c.SyncDelay > 0 {
+		c.test.disk = disk.WithSyncDelay(c.test.disk, c.SyncDelay)
+	}
 	if c.test.fs == nil {
 		c.test.fs = vfs.Default
 	}
@@ -297,8 +300,11 @@ func (n *Node) openStorage() error {
 	var err error
 	n.wal, err = wal.Open(wal.Options{Dir: n.dir.join(walDirName), FS: cfg.test.disk, SegmentSize: cfg.WALSegmentSize,
 		RingBytes: max(budget/8, 8<<20), Reserve: cfg.DiskReserve, Logger: n.log, Direct: cfg.test.direct,
-		OnFatal:     func(err error) { n.fatal(fmt.Errorf("write-ahead log: %w", err)) },
-		ObserveSync: func(d time.Duration, _ int) { n.metrics.fsync.Observe(d.Seconds()) }})
+		OnFatal: func(err error) { n.fatal(fmt.Errorf("write-ahead log: %w", err)) },
+		ObserveSync: func(d time.Duration, bytes int) {
+			n.metrics.fsync.Observe(d.Seconds())
+			n.metrics.synced.Add(float64(bytes))
+		}})
 	if err != nil {
 		if errors.Is(err, wal.ErrCorrupt) {
 			return &StartError{Kind: ErrDamaged, Message: "the write-ahead log is damaged", Remedy: replaceRemedy(cfg.Name), Cause: err}

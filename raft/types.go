@@ -90,6 +90,9 @@ type Config struct {
 	// VirtualClock allows engine.Advance commands.
 	VirtualClock bool
 
+	// SyncDelay makes each sync of the log take this much longer: a slower disk, for benchmarks.
+	SyncDelay time.Duration
+
 	// Logger receives the node's log; the default discards it.
 	Logger hclog.Logger
 	// Registerer receives the node's metrics; the default is a registry of the node's own.
