@@ -155,7 +155,6 @@ func (x *exchange) member(name string, change func(context.Context, string) erro
 		x.fail(errs.New(errs.InvalidName, "the node id is not valid"))
 		return
 	}
-	x.readDeadline(time.Time{})
 	_ = http.NewResponseController(x.w).SetWriteDeadline(time.Time{})
 	if err := change(x.r.Context(), name); err != nil {
 		x.fail(errs.From(err))

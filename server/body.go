@@ -20,7 +20,8 @@ const bodyPacedAfter = 250 * time.Millisecond
 // memory it takes follows what has arrived, not what was announced, and is taken from the budget of bytes.
 //
 // Time: until bodyPacedAfter has passed, the connection's deadline of Limits.BodyTimeout is all there is, and a body
-// that arrives at once costs no timer; from then on the client is held to the minimum rate.
+// that arrives at once costs no timer; from then on the client is held to the minimum rate. net/http lifts the deadline
+// at the end of the body.
 func (x *exchange) readBody(dst []byte, max int) ([]byte, *errs.Error) {
 	length := x.r.ContentLength
 	if length > int64(max) {
@@ -91,10 +92,6 @@ func (x *exchange) readBody(dst []byte, max int) ([]byte, *errs.Error) {
 			got := time.Duration(len(dst)-start) * time.Second / time.Duration(x.s.limits.TransferRate)
 			x.readDeadline(x.start.Add(x.s.limits.TransferGrace + got))
 		}
-	}
-	// The deadline would otherwise also end the wait for the outcome.
-	if paced || time.Since(x.start) > x.s.limits.BodyTimeout-x.s.limits.RequestTimeout {
-		x.readDeadline(time.Time{})
 	}
 	return dst, nil
 }

@@ -157,8 +157,6 @@ func (x *exchange) grant(d delivery, p raft.Proposal) {
 	ctx, cancel := context.WithTimeout(x.r.Context(), x.s.limits.RequestTimeout+p.Wait)
 	defer cancel()
 	if p.Wait > 0 {
-		// The connection's deadline was meant for the request. It would end the wait.
-		x.readDeadline(time.Time{})
 		stop := context.AfterFunc(x.s.drained, cancel)
 		defer stop()
 	}
@@ -239,7 +237,6 @@ func (x *exchange) deliver(f form, messages []engine.Delivery) {
 		h["Content-Type"] = batchType
 	}
 	x.writeDeadline(size)
-	m.last = n
 	for i := range messages {
 		if messages[i].Gone {
 			continue
@@ -270,8 +267,9 @@ type messageWriter struct {
 	boundary string
 	buf      *buffer
 	written  int
-	last     int
 	head     []byte
+	// sent is set once part of the answer was handed over.
+	sent bool
 }
 
 // write writes one message.
@@ -315,6 +313,7 @@ func (m *messageWriter) flush(always bool) error {
 	if len(m.buf.b) < flushAfter && !always || len(m.buf.b) == 0 {
 		return nil
 	}
+	m.sent = true
 	_, err := m.x.w.Write(m.buf.b)
 	m.buf.b = m.buf.b[:0]
 	if err != nil || always {
@@ -333,6 +332,10 @@ func (m *messageWriter) end() error {
 		b = append(b, '-', '-')
 	}
 	m.buf.b = b
+	if !m.sent {
+		// The whole answer at once: no chunks.
+		m.x.w.Header()["Content-Length"] = []string{strconv.Itoa(len(b))}
+	}
 	return m.flush(true)
 }
 
