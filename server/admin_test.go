@@ -82,7 +82,7 @@ func TestVirtualClock(t *testing.T) {
 }
 
 func TestTopicsAndBrowse(t *testing.T) {
-	_, base := start(t, Options{Backend: newSingle(t)})
+	_, base := start(t, Options{Backend: newNode(t)})
 	expect(t, call(t, "GET", base+"/v1/topics/none", nil), 404, "topic_not_found")
 	expect(t, call(t, "GET", base+"/v1/topics/none/messages", nil), 404, "topic_not_found")
 	for _, topic := range []string{"a", "b", "c"} {
@@ -304,7 +304,7 @@ func TestRequestIDs(t *testing.T) {
 
 // Every answer of the queue protocol that is not an error is one too for browsers: nothing is sniffed or cached.
 func TestAnswersAreNotSniffed(t *testing.T) {
-	_, base := start(t, Options{Backend: newSingle(t)})
+	_, base := start(t, Options{Backend: newNode(t)})
 	sendMessage(t, base, "t", []byte("<script>"), "Content-Type", "text/html")
 	for _, r := range []reply{
 		call(t, "POST", base+"/api/v3/topic/t/consumer/g", nil, "Accept", wire.MediaNDJSON),

@@ -29,3 +29,5 @@ type Backend interface {
 	ReplaceMember(ctx context.Context, name string) error
 	TransferLeadership(ctx context.Context, name string) error
 }
+
+var _ Backend = (*raft.Node)(nil)

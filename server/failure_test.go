@@ -173,7 +173,7 @@ func (c *connections) open() int {
 
 // TestSlowClients runs clients that take their time against short timeouts.
 func TestSlowClients(t *testing.T) {
-	s, base := start(t, Options{Backend: newSingle(t), Limits: Limits{
+	s, base := start(t, Options{Backend: newNode(t), Limits: Limits{
 		HeaderTimeout: 200 * time.Millisecond, IdleTimeout: 300 * time.Millisecond, BodyTimeout: time.Second,
 		TransferGrace: 500 * time.Millisecond, TransferRate: 1 << 20, RequestTimeout: 500 * time.Millisecond,
 	}})
@@ -311,7 +311,7 @@ func TestWaitEndsWithItsClient(t *testing.T) {
 
 // A wait is not cut short by the deadline that was meant for the request's arrival.
 func TestWaitOutlastsBodyTimeout(t *testing.T) {
-	backend := newSingle(t)
+	backend := newNode(t)
 	s, base := start(t, Options{Backend: backend, Limits: Limits{BodyTimeout: 50 * time.Millisecond}})
 	begun := time.Now()
 	got := make(chan reply, 1)

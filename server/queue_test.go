@@ -204,7 +204,7 @@ func allBytes() []byte {
 }
 
 func TestRoundTrip(t *testing.T) {
-	_, base := start(t, Options{Backend: newSingle(t)})
+	_, base := start(t, Options{Backend: newNode(t)})
 	for form := range receiveForms {
 		for name, payload := range payloads {
 			t.Run(form+"/"+name, func(t *testing.T) {
@@ -244,7 +244,7 @@ func TestRoundTrip(t *testing.T) {
 
 // A chunked body has no length to go by.
 func TestChunkedSend(t *testing.T) {
-	_, base := start(t, Options{Backend: newSingle(t)})
+	_, base := start(t, Options{Backend: newNode(t)})
 	for name, payload := range payloads {
 		req, err := http.NewRequest("POST", base+"/api/v3/topic/chunked", struct{ io.Reader }{bytes.NewReader(payload)}) // hides the length
 		if err != nil {
@@ -269,7 +269,7 @@ func TestChunkedSend(t *testing.T) {
 }
 
 func TestReceiveMany(t *testing.T) {
-	_, base := start(t, Options{Backend: newSingle(t)})
+	_, base := start(t, Options{Backend: newNode(t)})
 	for i := range 15 {
 		sendMessage(t, base, "many", bytes.Repeat([]byte{'a' + byte(i)}, i*3000))
 	}
@@ -322,7 +322,7 @@ func TestBoundaryIsFresh(t *testing.T) {
 }
 
 func TestLeases(t *testing.T) {
-	_, base := start(t, Options{Backend: newSingle(t)})
+	_, base := start(t, Options{Backend: newNode(t)})
 	topic := base + "/api/v3/topic/leases"
 	id := sendMessage(t, base, "leases", []byte("x"))
 	byID := func(id string, headers ...string) reply {
@@ -400,7 +400,7 @@ func nil2(t testing.TB, r reply) []byte {
 }
 
 func TestConcurrencyLimit(t *testing.T) {
-	_, base := start(t, Options{Backend: newSingle(t)})
+	_, base := start(t, Options{Backend: newNode(t)})
 	for range 5 {
 		sendMessage(t, base, "limited", []byte("x"))
 	}
@@ -417,7 +417,7 @@ func TestConcurrencyLimit(t *testing.T) {
 }
 
 func TestCursorFallback(t *testing.T) {
-	_, base := start(t, Options{Backend: newSingle(t)})
+	_, base := start(t, Options{Backend: newNode(t)})
 	sendMessage(t, base, "cursor", []byte("old"))
 	if got := receiveMessages(t, base, "cursor", "latest", wire.MediaMultipart, wire.HeaderCursorFallback, "latest"); got != nil {
 		t.Fatalf("a group that starts at the end was given %v", got)
@@ -442,7 +442,7 @@ func TestUnsupported(t *testing.T) {
 }
 
 func TestBatch(t *testing.T) {
-	_, base := start(t, Options{Backend: newSingle(t)})
+	_, base := start(t, Options{Backend: newNode(t)})
 	large := strings.Repeat("x", limits.MessageBytesMax+1)
 	parts := []struct{ head, body string }{
 		{"content-type: text/plain\r\nx-a: 1\r\n", "one"},
@@ -541,7 +541,7 @@ func TestBatch(t *testing.T) {
 
 // A wait ends with a message that is published meanwhile.
 func TestLongPoll(t *testing.T) {
-	backend := newSingle(t)
+	backend := newNode(t)
 	s, base := start(t, Options{Backend: backend})
 	got := make(chan []received)
 	go func() {
