@@ -175,7 +175,8 @@ const readAhead = 32
 // stored returns the stored block that holds off, or the first behind it and below bound, nil without one.
 // bound is never above the topic's next offset of the entry being applied, which is what makes rows of later
 // entries invisible (invariant I6).
-func (e *Engine) stored(t *topic, off, bound uint64) (*block, error) {
+func (e *Engine) stored(t *topic, off, bound uint64) (found *block, err error) {
+	defer e.damaged(&err)
 	off = max(off, t.floor.offset)
 	if e.breakVisibility {
 		bound = 1<<64 - 1
@@ -192,7 +193,6 @@ func (e *Engine) stored(t *topic, off, bound uint64) (*block, error) {
 		return nil, fmt.Errorf("engine: reading block headers: %w", err)
 	}
 	defer func() { _ = it.Close() }()
-	var found *block
 	if it.SeekLT(e.keys.key(rowBlock, t.inc, off+1)) {
 		b, err := e.headerAt(t, it)
 		if err != nil {
@@ -415,6 +415,7 @@ func (e *Engine) loadAll(ds []Delivery) error {
 
 // loadStored loads the deliveries that have no body yet from the store.
 func (e *Engine) loadStored(ds []Delivery) (err error) {
+	defer e.damaged(&err)
 	it, err := e.db.NewIter(&pebble.IterOptions{LowerBound: e.keys.key(rowPayload), UpperBound: e.keys.key(rowPayload + 1)})
 	if err != nil {
 		return fmt.Errorf("engine: reading messages: %w", err)

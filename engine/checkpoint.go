@@ -53,7 +53,11 @@ func (e *Engine) checkpoint() (Meta, error) {
 		e.fail(err)
 		return Meta{}, err
 	}
-	if err := e.flush(); err != nil {
+	err = e.flush()
+	if err == nil {
+		err = e.writeDurable(&s)
+	}
+	if err != nil {
 		e.fail(err)
 		return Meta{}, err
 	}
@@ -138,7 +142,8 @@ func (e *Engine) encodeDirty(batch *pebble.Batch) {
 // sweep adds to the checkpoint of s the removal of all blocks whose last message had expired by then. Expired
 // blocks at the head of a topic go with one range deletion per kind, from where the last one ended; others
 // one by one. It returns the floors that move with the checkpoint.
-func (e *Engine) sweep(batch *pebble.Batch, s *state) (map[uint64]floor, int64, error) {
+func (e *Engine) sweep(batch *pebble.Batch, s *state) (floors map[uint64]floor, swept int64, err error) {
+	defer e.damaged(&err)
 	now := s.stamp.Cluster
 	upto := now / minute
 	if upto <= e.swept {
@@ -167,7 +172,7 @@ func (e *Engine) sweep(batch *pebble.Batch, s *state) (map[uint64]floor, int64, 
 	if err := it.Error(); err != nil {
 		return nil, 0, fmt.Errorf("engine: reading the expiry index: %w", err)
 	}
-	floors := make(map[uint64]floor)
+	floors = make(map[uint64]floor)
 	for _, inc := range sortedKeys(byTopic) {
 		set := make(map[uint64]bool, len(byTopic[inc]))
 		for _, d := range byTopic[inc] {

@@ -32,6 +32,8 @@ type Options struct {
 	// From then on Apply, Checkpoint and Load return the error. It must not call back into the Engine. The
 	// default does nothing more.
 	OnFatal func(error)
+
+	fatal func() // called instead of panicking where Pebble cannot go on; for tests, must not return
 }
 
 func (o *Options) defaults() {
@@ -372,7 +374,8 @@ func (g *group) addChunk(key uint64, c *chunk) {
 }
 
 // scan visits all rows of a kind.
-func (e *Engine) scan(kind byte, visit func(key, value []byte) error) error {
+func (e *Engine) scan(kind byte, visit func(key, value []byte) error) (err error) {
+	defer e.damaged(&err)
 	it, err := e.db.NewIter(&pebble.IterOptions{LowerBound: e.keys.key(kind), UpperBound: keyspaceEnd(e.keys, kind)})
 	if err != nil {
 		return fmt.Errorf("engine: reading rows %c: %w", kind, err)

@@ -40,7 +40,8 @@ func (e *Engine) FullHash() (index uint64, hash uint64, err error) {
 
 // logicalRows visits the stored rows of all live blocks, with the rows that lead to them, and checks that
 // they agree.
-func (e *Engine) logicalRows(visit func(key, value []byte) error) error {
+func (e *Engine) logicalRows(visit func(key, value []byte) error) (err error) {
+	defer e.damaged(&err)
 	now := e.stamp.Cluster
 	get := func(kind byte, parts ...uint64) ([]byte, []byte, error) {
 		key := e.keys.key(kind, parts...)

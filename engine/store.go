@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/cespare/xxhash/v2"
 	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/sstable"
 	sblock "github.com/cockroachdb/pebble/v2/sstable/block"
@@ -20,6 +21,7 @@ import (
 // Names in the engine's directory.
 const (
 	currentFile      = "CURRENT"
+	durableFile      = "DURABLE"
 	generationPrefix = "gen-"
 	exportPrefix     = "export-"
 )
@@ -47,6 +49,15 @@ func (e *CorruptError) Error() string {
 	return fmt.Sprintf("engine: %s: %s; %s", e.File, e.Detail, e.Remedy)
 }
 
+// damaged turns a panic of Pebble's into an error: it panics over some kinds of damage to a blob file instead
+// of reporting them. It is deferred around reads of the store, and around nothing else.
+func (e *Engine) damaged(err *error) {
+	if p := recover(); p != nil {
+		*err = &CorruptError{File: e.o.FS.PathJoin(e.o.Dir, generationName(e.gen)), Detail: fmt.Sprint("reading failed: ", p), Remedy: remedyReplace}
+		e.fail(*err)
+	}
+}
+
 const remedyReplace = "replace this node from the others: tercet cluster replace NODE"
 
 // Open opens the store that CURRENT points to, creating the first one, and loads its checkpoint.
@@ -72,7 +83,39 @@ func Open(o Options) (*Engine, error) {
 	if err := e.openGeneration(gen); err != nil {
 		return nil, err
 	}
+	if err := e.checkDurable(); err != nil {
+		return nil, errors.Join(err, e.db.Close())
+	}
 	return e, nil
+}
+
+// writeDurable notes beside the store which checkpoint it has reached. Pebble takes damage in its manifest
+// for the end of it and opens with an earlier state: with the note that shows.
+func (e *Engine) writeDurable(s *state) error {
+	line := fmt.Sprintf("%s %d %d", generationName(e.gen), s.index, s.term)
+	return writeFile(e.o.FS, e.o.Dir, durableFile, fmt.Sprintf("%s %016x\n", line, xxhash.Sum64String(line)))
+}
+
+func (e *Engine) checkDurable() error {
+	path := e.o.FS.PathJoin(e.o.Dir, durableFile)
+	text, err := readFile(e.o.FS, path)
+	if isNotExist(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var gen string
+	var index, term, sum uint64
+	n, err := fmt.Sscanf(text, "%s %d %d %x\n", &gen, &index, &term, &sum)
+	line := fmt.Sprintf("%s %d %d", gen, index, term)
+	if n != 4 || err != nil || text != fmt.Sprintf("%s %016x\n", line, xxhash.Sum64String(line)) {
+		return &CorruptError{File: path, Detail: fmt.Sprintf("holds %q", text), Remedy: remedyReplace}
+	}
+	if have := e.Durable().Index; gen == generationName(e.gen) && have < index {
+		return &CorruptError{File: e.o.FS.PathJoin(e.o.Dir, gen), Detail: fmt.Sprintf("holds the checkpoint of entry %d, though that of entry %d was made", have, index), Remedy: remedyReplace}
+	}
+	return nil
 }
 
 // createFirst creates the first generation and only then CURRENT: what a crash leaves in between has never
@@ -147,7 +190,7 @@ func (e *Engine) openGeneration(gen uint64) error {
 
 func (e *Engine) pebbleOptions(readOnly bool) *pebble.Options {
 	o := &pebble.Options{
-		FS:                          e.o.FS,
+		FS:                          manifestFS{e.o.FS},
 		ReadOnly:                    readOnly,
 		DisableWAL:                  true,
 		FormatMajorVersion:          pebble.FormatNewest,
@@ -180,6 +223,23 @@ func (e *Engine) pebbleOptions(readOnly bool) *pebble.Options {
 	return o
 }
 
+// manifestFS syncs the directory as soon as a manifest has been created in it. Pebble itself syncs it only
+// after it has created the marker that names the new manifest; on a file system that may keep the one entry
+// and lose the other, a power failure in between would leave a store that does not open.
+type manifestFS struct{ vfs.FS }
+
+// Create implements vfs.FS.
+func (m manifestFS) Create(name string, category vfs.DiskWriteCategory) (vfs.File, error) {
+	f, err := m.FS.Create(name, category)
+	if err != nil || !strings.HasPrefix(m.PathBase(name), "MANIFEST-") {
+		return f, err
+	}
+	if err := syncDir(m.FS, m.PathDir(name)); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
 // pebbleLogger passes on what Pebble logs. Pebble calls Fatalf where it cannot go on, for instance when its
 // manifest cannot be written, and expects it not to return.
 type pebbleLogger struct {
@@ -202,6 +262,9 @@ func (p pebbleLogger) Fatalf(format string, args ...any) {
 	msg := fmt.Sprintf(format, args...)
 	p.l.Error(msg)
 	p.e.fail(errors.New("engine: the store cannot go on: " + msg))
+	if p.e.o.fatal != nil {
+		p.e.o.fatal()
+	}
 	panic("engine: the store cannot go on: " + msg)
 }
 
@@ -394,7 +457,9 @@ func (in *Install) verify(m Meta) (*state, error) {
 	}
 	v.db = db
 	var s *state
-	check := func() error {
+	v.gen = in.gen
+	check := func() (err error) {
+		defer v.damaged(&err)
 		if err := v.load(); err != nil {
 			return err
 		}
@@ -465,43 +530,59 @@ func (e *Engine) Reopen() error {
 // readCurrent returns the generation CURRENT names; ok is false if there is no CURRENT.
 func readCurrent(fs vfs.FS, dir string) (gen uint64, ok bool, err error) {
 	path := fs.PathJoin(dir, currentFile)
-	f, err := fs.Open(path)
+	text, err := readFile(fs, path)
+	if isNotExist(err) {
+		return 0, false, nil
+	}
 	if err != nil {
-		if isNotExist(err) {
-			return 0, false, nil
-		}
-		return 0, false, fmt.Errorf("engine: opening %s: %w", path, err)
+		return 0, false, err
 	}
-	b, err := io.ReadAll(io.LimitReader(f, 256))
-	if err = errors.Join(err, f.Close()); err != nil {
-		return 0, false, fmt.Errorf("engine: reading %s: %w", path, err)
+	gen, ok = generationNumber(strings.TrimSuffix(text, "\n"))
+	if !ok || text != generationName(gen)+"\n" {
+		return 0, false, &CorruptError{File: path, Detail: fmt.Sprintf("holds %q", text), Remedy: remedyReplace}
 	}
-	gen, ok = generationNumber(strings.TrimSuffix(string(b), "\n"))
-	if !ok || string(b) != generationName(gen)+"\n" {
-		return 0, false, &CorruptError{File: path, Detail: fmt.Sprintf("holds %q", b), Remedy: remedyReplace}
-	}
-	if _, err := fs.Stat(fs.PathJoin(dir, generationName(gen))); err != nil {
+	if _, err := fs.Stat(fs.PathJoin(dir, generationName(gen))); isNotExist(err) {
 		return 0, false, &CorruptError{File: path, Detail: "names " + generationName(gen) + ", which is not there", Remedy: remedyReplace}
+	} else if err != nil {
+		return 0, false, fmt.Errorf("engine: looking for %s: %w", generationName(gen), err)
 	}
 	return gen, true, nil
 }
 
-// writeCurrent points CURRENT to a generation: written aside, synced, renamed, and the directory synced.
+// writeCurrent points CURRENT to a generation.
 func writeCurrent(fs vfs.FS, dir string, gen uint64) error {
-	tmp := fs.PathJoin(dir, currentFile+".new")
+	return writeFile(fs, dir, currentFile, generationName(gen)+"\n")
+}
+
+// readFile reads one of the small files.
+func readFile(fs vfs.FS, path string) (string, error) {
+	f, err := fs.Open(path)
+	if err != nil {
+		return "", fmt.Errorf("engine: opening %s: %w", path, err)
+	}
+	b, err := io.ReadAll(io.LimitReader(f, 256))
+	if err = errors.Join(err, f.Close()); err != nil {
+		return "", fmt.Errorf("engine: reading %s: %w", path, err)
+	}
+	return string(b), nil
+}
+
+// writeFile replaces one of the small files as a whole: written aside, synced, renamed, the directory synced.
+func writeFile(fs vfs.FS, dir, name, text string) error {
+	tmp := fs.PathJoin(dir, name+".new")
 	f, err := fs.Create(tmp, vfs.WriteCategoryUnspecified)
 	if err != nil {
 		return fmt.Errorf("engine: creating %s: %w", tmp, err)
 	}
-	_, err = f.Write([]byte(generationName(gen) + "\n"))
+	_, err = f.Write([]byte(text))
 	if err == nil {
 		err = f.Sync()
 	}
 	if err = errors.Join(err, f.Close()); err != nil {
 		return fmt.Errorf("engine: writing %s: %w", tmp, err)
 	}
-	if err := fs.Rename(tmp, fs.PathJoin(dir, currentFile)); err != nil {
-		return fmt.Errorf("engine: switching to %s: %w", generationName(gen), err)
+	if err := fs.Rename(tmp, fs.PathJoin(dir, name)); err != nil {
+		return fmt.Errorf("engine: replacing %s: %w", name, err)
 	}
 	return syncDir(fs, dir)
 }
