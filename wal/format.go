@@ -35,6 +35,8 @@ const flagsKnown = flagFirst | flagMarker
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
+func checksum(b []byte) uint32 { return crc32.Checksum(b, castagnoli) }
+
 // batchHeader stands at the start of each batch. Since a batch is written only after the sync of the one before it
 // returned, a valid header at some offset proves that everything before that offset had been synced.
 type batchHeader struct {
@@ -65,7 +67,7 @@ func (h *batchHeader) encode(b []byte) {
 	le.PutUint64(b[64:], uint64(h.time))
 	le.PutUint32(b[72:], h.flags)
 	le.PutUint32(b[76:], formatVersion)
-	le.PutUint32(b[4:], crc32.Checksum(b[8:batchHeaderSize], castagnoli))
+	le.PutUint32(b[4:], checksum(b[8:batchHeaderSize]))
 }
 
 // errVersion reports a valid batch of a format this program does not know.
@@ -82,7 +84,7 @@ func decodeBatchHeader(b []byte, stream, segment uint64, offset int64) (h batchH
 	if len(b) < batchHeaderSize || le.Uint32(b) != batchMagic {
 		return h, false, nil
 	}
-	if le.Uint32(b[4:]) != crc32.Checksum(b[8:batchHeaderSize], castagnoli) {
+	if le.Uint32(b[4:]) != checksum(b[8:batchHeaderSize]) {
 		return h, false, nil
 	}
 	h = batchHeader{

@@ -249,33 +249,82 @@ type replay struct {
 	more visitor
 }
 
-// replayed is a shard's log being rebuilt.
+// replayed is a shard's log being rebuilt. The entries [first, hollow) were said to exist by the first state record;
+// their records stood in segments that are gone, unless they were moved to later ones (moved). The records of
+// [hollow, next) have been read.
 type replayed struct {
-	first, next uint64
-	locs        fifo[location]
-	have        fifo[bool] // whether the entry was met in the segments that are left
-	commit      uint64
-	stable      map[string][]byte
+	first, hollow, next uint64
+
+	moved  map[uint64]location
+	locs   fifo[location]
+	commit uint64
+	stable map[string][]byte
 }
 
 func (p *replay) shard(id uint16) *replayed {
 	s := p.shards[id]
 	if s == nil {
-		s = &replayed{stable: make(map[string][]byte)}
+		s = &replayed{stable: make(map[string][]byte), moved: make(map[uint64]location)}
 		p.shards[id] = s
 	}
 	return s
 }
 
-func (s *replayed) push(loc location, have bool) {
-	s.locs.push(loc)
-	s.have.push(have)
-	s.next++
+// reset drops everything.
+func (s *replayed) reset(next uint64) {
+	clear(s.moved)
+	s.locs = fifo[location]{}
+	s.first, s.hollow, s.next = next, next, next
 }
 
-func (s *replayed) reset(next uint64) {
-	s.locs, s.have = fifo[location]{}, fifo[bool]{}
-	s.first, s.next = next, next
+// truncate drops what is not below next.
+func (s *replayed) truncate(next uint64) {
+	if next < s.hollow {
+		s.hollow = next // entries moved above it are not looked at any more
+	}
+	s.locs.cutBack(int(next - s.hollow))
+	s.next = next
+}
+
+// begin drops what is below first.
+func (s *replayed) begin(first uint64) {
+	if first > s.hollow {
+		s.locs.dropFront(int(first - s.hollow))
+		s.hollow = first
+	}
+	s.first = first
+}
+
+// missing returns the first range of entries that no record was found for.
+func (s *replayed) missing() (first, last uint64, any bool) {
+	for first = s.first; first < s.hollow; first++ {
+		if _, ok := s.moved[first]; ok {
+			continue
+		}
+		last = s.hollow - 1
+		for i := range s.moved {
+			if i > first && i <= last {
+				last = i - 1
+			}
+		}
+		return first, last, true
+	}
+	return 0, 0, false
+}
+
+// locations returns where all entries are. None is missing.
+func (s *replayed) locations() fifo[location] {
+	if s.first == s.hollow {
+		return s.locs
+	}
+	var out fifo[location]
+	for i := s.first; i < s.hollow; i++ {
+		out.push(s.moved[i])
+	}
+	for i := range s.locs.len() {
+		out.push(*s.locs.at(i))
+	}
+	return out
 }
 
 func (p *replay) batch(h *batchHeader) error {
@@ -317,21 +366,20 @@ func (p *replay) record(r *scanned) error {
 			}
 			s.reset(r.index)
 		}
-		s.push(loc, true)
+		s.locs.push(loc)
+		s.next++
 	case recordRewrite:
 		// Outside of [first, next) it repeats an entry that was dropped after it had been read.
-		if r.index >= s.first && r.index < s.next {
-			i := int(r.index - s.first)
-			*s.locs.at(i), *s.have.at(i) = loc, true
+		if r.index >= s.hollow && r.index < s.next {
+			*s.locs.at(int(r.index - s.hollow)) = loc
+		} else if r.index >= s.first && r.index < s.hollow {
+			s.moved[r.index] = loc
 		}
 	case recordTruncate:
 		if r.index <= s.first || r.index > s.next {
 			return bad("shard %d is truncated from %d on, but holds %d up to %d", r.shard, r.index, s.first, int64(s.next)-1)
 		}
-		keep := int(r.index - s.first)
-		s.locs.cutBack(keep)
-		s.have.cutBack(keep)
-		s.next = r.index
+		s.truncate(r.index)
 	case recordReset:
 		s.reset(r.index)
 	case recordStable:
@@ -360,9 +408,7 @@ func (p *replay) applyState(r *scanned, bad func(string, ...any) error) error {
 		s := p.shard(in.id)
 		if first {
 			s.reset(in.first)
-			for s.next < in.next {
-				s.push(location{}, false)
-			}
+			s.hollow, s.next = in.next, in.next
 			s.commit = in.commit
 			for _, kv := range in.stable {
 				s.stable[kv.key] = kv.value
@@ -375,10 +421,7 @@ func (p *replay) applyState(r *scanned, bad func(string, ...any) error) error {
 		if in.next != s.next || in.first < s.first {
 			return bad("the state of shard %d is stated as [%d, %d), but the records amount to [%d, %d)", in.id, in.first, in.next, s.first, s.next)
 		}
-		n := int(in.first - s.first)
-		s.locs.dropFront(n)
-		s.have.dropFront(n)
-		s.first = in.first
+		s.begin(in.first)
 		s.commit = max(s.commit, in.commit)
 		if len(in.stable) != len(s.stable) {
 			return bad("shard %d has %d stable values, stated as %d", in.id, len(s.stable), len(in.stable))
@@ -395,15 +438,9 @@ func (p *replay) applyState(r *scanned, bad func(string, ...any) error) error {
 // complete checks that every entry was met: an entry that the state knows and no segment holds is lost.
 func (p *replay) complete(c *chain) error {
 	for id, s := range p.shards {
-		for i := range s.have.len() {
-			if *s.have.at(i) {
-				continue
-			}
+		if first, last, any := s.missing(); any {
 			e := p.p.corrupt(c.links[0].id, 0, "entries that the log should hold are in none of its segments")
-			e.Shard, e.First = id, s.first+uint64(i)
-			for e.Last = e.First; i+1 < s.have.len() && !*s.have.at(i + 1); i++ {
-				e.Last++
-			}
+			e.Shard, e.First, e.Last = id, first, last
 			return e
 		}
 	}
@@ -573,7 +610,7 @@ func (w *WAL) recover() (*found, error) {
 	w.recovery.Segments, w.recovery.Records, w.recovery.Bytes = len(c.links), r.records, r.bytes
 	for id, in := range r.shards {
 		s := w.shardLocked(id)
-		s.first, s.next, s.locs, s.stable = in.first, in.next, in.locs, in.stable
+		s.first, s.next, s.locs, s.stable = in.first, in.next, in.locations(), in.stable
 		s.staged.Store(in.commit)
 		s.recordedCommit = in.commit
 		for i := range s.locs.len() {
