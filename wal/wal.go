@@ -70,8 +70,8 @@ type Options struct {
 	Reserve int64
 	// Logger receives state changes; nil discards them.
 	Logger hclog.Logger
-	// OnFatal is called once, from any goroutine, when a write or sync failed or damage was met while reading. The log
-	// is poisoned by then. It must not call back into the log, except for Err.
+	// OnFatal is called once, in a goroutine of its own, when a write or sync failed or damage was met while reading. The
+	// log is poisoned by then.
 	OnFatal func(error)
 	// ObserveSync, if not nil, is called after each sync of a batch with its duration, write included, and its bytes.
 	ObserveSync func(d time.Duration, bytes int)
@@ -373,8 +373,13 @@ func (w *WAL) fail(cause error) error {
 	w.log.Error("log poisoned: this node must stop", "error", cause)
 	w.wake()
 	w.keeper.wake()
-	if w.opts.OnFatal != nil {
+	switch {
+	case w.opts.OnFatal == nil:
+	case w.opts.stepped:
 		w.opts.OnFatal(f.err)
+	default:
+		// Its own goroutine: the owner may want to wait for what is waiting for this one, Close included.
+		go w.opts.OnFatal(f.err)
 	}
 	return f.err
 }

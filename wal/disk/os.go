@@ -42,9 +42,10 @@ func openOS(name string, mode Mode, flag int) (File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if mode == Buffered {
-		// What an earlier process wrote and failed to sync may stand in the page cache as if it were on disk. Make it
-		// durable or fail, then forget the cached copy, so that what is read is what the disk holds.
+	if mode != ReadOnly {
+		// What an earlier process wrote and did not live to sync may stand in a cache, the kernel's or the drive's, as if
+		// it were on disk. Make it durable or fail, then forget the cached copy, so that what is read is what the disk
+		// holds.
 		if err := syncData(f); err != nil {
 			_ = f.Close()
 			return nil, fmt.Errorf("sync %s on opening: %w", name, err)
