@@ -130,6 +130,18 @@ func BenchmarkLoopbackSend1K(b *testing.B) {
 	}
 }
 
+// BenchmarkNodeSend1K is the same against a real node of one, with many publishers so that entries are shared.
+func BenchmarkNodeSend1K(b *testing.B) {
+	_, base := start(b, Options{Backend: newNode(b)})
+	addr, err := net.ResolveTCPAddr("tcp", strings.TrimPrefix(base, "http://"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.SetParallelism(128)
+	b.ReportAllocs()
+	b.RunParallel(func(pb *testing.PB) { rawClient(b, addr, pb) })
+}
+
 // rawClient sends one prepared request after another, so that the client costs next to nothing.
 func rawClient(b *testing.B, addr net.Addr, pb *testing.PB) {
 	conn, err := net.Dial("tcp", addr.String())

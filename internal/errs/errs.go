@@ -85,12 +85,12 @@ type Info struct {
 var catalogue = [codeCount]Info{
 	OK:                  {"ok", 200, None, "ok", ""},
 	InvalidName:         {"invalid_name", 400, None, "name is not valid", "use 1 to 256 characters out of A-Z a-z 0-9 _ -"},
-	InvalidHeader:       {"invalid_header", 400, None, "header is not valid", "see the header reference"},
-	InvalidBody:         {"invalid_body", 400, None, "body is not valid", "see the request reference"},
+	InvalidHeader:       {"invalid_header", 400, None, "header is not valid", "see docs/http.md"},
+	InvalidBody:         {"invalid_body", 400, None, "body is not valid", "see docs/http.md"},
 	InvalidReceipt:      {"invalid_receipt", 400, None, "receipt handle is not valid", "pass the handle exactly as receive returned it"},
 	NotAcceptable:       {"not_acceptable", 400, None, "Accept must name multipart/mixed or application/x-ndjson", "set the Accept header"},
 	MessageTooLarge:     {"message_too_large", 413, None, "message is too large", "store the payload elsewhere and send its address"},
-	Unsupported:         {"unsupported", 501, None, "this release does not support the request", "see the list of supported features"},
+	Unsupported:         {"unsupported", 501, None, "this release does not support the request", "leave the feature out, or upgrade the cluster"},
 	Unauthorized:        {"unauthorized", 401, None, "no valid token was presented", "send Authorization: Bearer TOKEN"},
 	Forbidden:           {"forbidden", 403, None, "the token does not allow this", "use a token with the scope"},
 	TopicNotFound:       {"topic_not_found", 404, None, "Topic not found", "a topic exists once something was published to it"},
@@ -116,14 +116,14 @@ var catalogue = [codeCount]Info{
 	IntakeClosed:        {"intake_closed", 500, Unknown, "the node that took the request was silent for too long", "check before repeating"},
 	TooManyTopics:       {"too_many_topics", 429, None, "the cluster holds as many topics as it may", "delete topics"},
 	TooManyGroups:       {"too_many_groups", 429, None, "the topic has as many consumer groups as it may", "delete consumer groups"},
-	NotFound:            {"not_found", 404, None, "no such path", "see the API reference"},
+	NotFound:            {"not_found", 404, None, "no such path", "see docs/http.md"},
 	MethodNotAllowed:    {"method_not_allowed", 405, None, "the path does not take this method", "see the Allow header"},
-	BadRequest:          {"bad_request", 400, None, "the request is not well formed", "see the API reference"},
+	BadRequest:          {"bad_request", 400, None, "the request is not well formed", "see docs/http.md"},
 	RequestTimeout:      {"request_timeout", 408, None, "the request did not arrive in time", "send the body without pauses"},
 	Conflict:            {"conflict", 409, None, "the request contradicts the present state", "look at the present state"},
 	Precondition:        {"precondition", 412, None, "the request's condition does not hold", "look at the present state"},
 	Internal:            {"internal", 500, Unknown, "internal error", "look into the node's log for the request id"},
-	MisdirectedHost:     {"misdirected_host", 400, None, "the Host header names no address of this node", "start the node with --public-host"},
+	MisdirectedHost:     {"misdirected_host", 400, None, "the Host header names no address of this node", "address the node by IP address or localhost, or start it with --public-host NAME"},
 }
 
 // Info returns the catalogue's entry; an unknown code reads as Internal.
