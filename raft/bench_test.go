@@ -68,6 +68,7 @@ func benchmarkPublish(b *testing.B, publishers int) {
 	var left atomic.Int64
 	left.Store(int64(b.N))
 	lat := make([][]time.Duration, publishers)
+	syncs := lead.wal.Stats().Syncs
 	b.ReportAllocs()
 	b.ResetTimer()
 	for p := range publishers {
@@ -90,5 +91,6 @@ func benchmarkPublish(b *testing.B, publishers int) {
 		b.ReportMetric(float64(all[len(all)/2].Microseconds()), "p50-us")
 		b.ReportMetric(float64(all[len(all)*99/100].Microseconds()), "p99-us")
 		b.ReportMetric(float64(len(all))/b.Elapsed().Seconds(), "msg/s")
+		b.ReportMetric(float64(lead.wal.Stats().Syncs-syncs)/float64(len(all)), "syncs/msg")
 	}
 }

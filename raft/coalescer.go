@@ -394,10 +394,30 @@ func (c *coalescer) build(ops, ride []*op) *batch {
 		c.signal() // there may be more in the queue
 		return nil
 	}
+	// One lowest number for each intake, the newest that came: whatever is still awaited lies above it.
+	type bound struct {
+		intake engine.IntakeID
+		lowest uint64
+	}
+	var boundsArray [4]bound
+	bounds := boundsArray[:0]
+	lowest := func(o *op) *uint64 {
+		for i := range bounds {
+			if bounds[i].intake == o.intake {
+				return &bounds[i].lowest
+			}
+		}
+		bounds = append(bounds, bound{o.intake, 0})
+		return &bounds[len(bounds)-1].lowest
+	}
+	for _, o := range kept {
+		at := lowest(o)
+		*at = max(*at, o.lowest)
+	}
 	var eb engine.EntryBuilder
 	eb.Reset(c.env.level(), c.env.stamp(), size)
 	for _, o := range kept {
-		eb.Add(o.intake, o.number, o.lowest, o.cmd)
+		eb.Add(o.intake, o.number, *lowest(o), o.cmd)
 	}
 	b := &batch{entry: eb.Bytes(), ops: kept}
 	c.mu.Lock()

@@ -416,12 +416,34 @@ func (in *intake) isOpen() bool {
 	return in.id != 0
 }
 
-// refuse takes no new calls from now on.
+// refuse takes no new calls from now on, and ends the waiting of receives.
 func (in *intake) refuse(err *errs.Error) {
 	in.mu.Lock()
-	defer in.mu.Unlock()
 	if in.closing == nil {
 		in.closing = err
+	}
+	type sent struct {
+		to engine.NodeID
+		o  *op
+	}
+	var waiting []sent
+	now := in.now()
+	for n := in.lowest; n < in.next; n++ {
+		c := in.calls[n%uint64(len(in.calls))]
+		switch {
+		case c == nil || c.waitUntil.IsZero():
+		case c.isHeld && !c.proposed:
+			in.endLocked(c, Reply{}, nil)
+		default:
+			c.waitUntil = now
+			if !c.isHeld {
+				waiting = append(waiting, sent{c.sentTo, c.present})
+			}
+		}
+	}
+	in.mu.Unlock()
+	for _, s := range waiting {
+		in.sender.withdraw(s.to, s.o)
 	}
 }
 

@@ -30,21 +30,21 @@ func (n *Node) Drain(ctx context.Context) error {
 		return nil
 	}
 	n.log.Info("draining")
+	var err error
 	if len(n.voters()) > 1 && n.isVoter(n.id) {
-		if err := n.handOver(ctx); err != nil {
+		if err = n.handOver(ctx); err != nil {
 			n.log.Warn("leaving without having handed over", "error", err)
-			n.intake.close(errs.Of(errs.Draining))
-			return err
 		}
 	}
-	// From here on new requests are refused; those that were taken finish at the leader.
+	// From here on new requests are refused and waiting receives are answered; what else was taken finishes at
+	// the leader.
 	n.intake.refuse(errs.Of(errs.Draining))
 	for n.intake.outstanding() > 0 {
-		if err := n.pause(ctx); err != nil {
-			return err
+		if perr := n.pause(ctx); perr != nil {
+			return errors.Join(err, perr)
 		}
 	}
-	return nil
+	return err
 }
 
 // handOver takes the node out of the in-sync set, and out of the lead.
@@ -138,7 +138,9 @@ func (n *Node) pause(ctx context.Context) error {
 func (n *Node) Close() error {
 	n.setErr(ErrClosed)
 	n.closeOnce.Do(func() {
+		n.spawnMu.Lock()
 		n.closing.Store(true)
+		n.spawnMu.Unlock()
 		n.closeErr = n.close()
 		close(n.done)
 	})

@@ -88,6 +88,8 @@ type Node struct {
 
 	// serviceMu orders the openings and closings of the service.
 	serviceMu sync.Mutex
+	// leadAt is when the service last began to open.
+	leadAt time.Time
 	// openTerm is the term in which this node is open for service as leader, 0 while it is not.
 	openTerm atomic.Uint64
 	stalled  atomic.Bool
@@ -127,9 +129,10 @@ type Node struct {
 	appliedSignal signal
 	quiet         sync.Map // string → time.Time of the last such line
 
-	stop chan struct{}
-	wg   sync.WaitGroup
-	done chan struct{}
+	stop    chan struct{}
+	spawnMu sync.Mutex // orders spawn with the end of it
+	wg      sync.WaitGroup
+	done    chan struct{}
 
 	errMu     sync.Mutex
 	err       error
@@ -560,8 +563,13 @@ func (n *Node) now() time.Time { return time.Now() }
 // running reports whether requests of other nodes can be served.
 func (n *Node) running() bool { return n.ready.Load() && !n.closing.Load() }
 
-// spawn runs f on a goroutine that Close waits for.
+// spawn runs f on a goroutine that Close waits for, unless the node is closing.
 func (n *Node) spawn(f func()) {
+	n.spawnMu.Lock()
+	defer n.spawnMu.Unlock()
+	if n.closing.Load() {
+		return
+	}
 	n.wg.Add(1)
 	go func() {
 		defer n.wg.Done()

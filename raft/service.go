@@ -17,7 +17,9 @@ import (
 
 // accept takes an op on the node that leads, from its own intake or another node's.
 func (n *Node) accept(o *op) {
-	if o.receive != nil && n.coal.isOpen() {
+	// A repeat is always proposed: an earlier leader's entry may have leased something under its number.
+	// A poll that may run into a bound on concurrency is too: its answer says so.
+	if o.receive != nil && !o.repeat && n.coal.isOpen() && (o.receive.MaxConcurrency == 0 || !o.parkUntil.IsZero()) {
 		// A poll that finds nothing costs no entry: it is answered, or parked, from the applied state. It has
 		// to be proposed when it creates the group, and engine.Park says no to that.
 		place := parked
@@ -73,7 +75,9 @@ func (n *Node) settle(b *batch, index, term uint64, results []engine.Result) {
 		o.result, o.index, o.term = results[i], index, term
 		switch {
 		case o.result.Parked:
-			// Nothing is recorded under the number: it has not been proposed, as far as anyone can tell.
+			// Nothing is recorded under the number, and no entry of an earlier term can come any more: it has not
+			// been proposed, as far as anyone can tell.
+			o.repeat = false
 			o.phase.Store(phaseQueued)
 			n.placed(o, n.coal.lot.add(o))
 			continue
@@ -217,6 +221,7 @@ func (n *Node) lead() {
 	n.policy.lead(now, voters, since)
 	n.policyMu.Unlock()
 	n.acks.setClosed(false)
+	n.leadAt = now
 	n.coal.setMode(gathering)
 	n.metrics.isLeader.Set(1)
 	n.log.Info("leading", "term", term)
@@ -295,6 +300,7 @@ func (n *Node) tick() {
 		case <-n.evidence:
 		}
 		n.watchDisk()
+		n.watchOpening()
 		n.updateRoute()
 		n.stepPolicy()
 		n.stepMembership()
@@ -321,6 +327,23 @@ func (n *Node) watchDisk() {
 		if n.raft.State() == hraft.Leader {
 			n.lead()
 		}
+	}
+}
+
+// openingMax is how long the first entry of a term may take until it is proposed anew. Raft may have given it up in
+// the moment after a transfer that failed.
+const openingMax = time.Second
+
+// watchOpening sees to it that a node that leads opens.
+func (n *Node) watchOpening() {
+	if n.openTerm.Load() != 0 || n.raft.State() != hraft.Leader {
+		return
+	}
+	n.serviceMu.Lock()
+	late := n.now().Sub(n.leadAt) > openingMax
+	n.serviceMu.Unlock()
+	if late {
+		n.reopen()
 	}
 }
 
