@@ -339,7 +339,7 @@ func TestLeases(t *testing.T) {
 	}
 	expect(t, byID(id, wire.HeaderVisibility, "0"), 200, "")
 
-	first := strictParts(t, "multipart/mixed; boundary="+strings.Repeat("x", 32), nil2(t, byID(id)))[0]
+	first := strictParts(t, "multipart/mixed; boundary="+strings.Repeat("x", 32), fixedBoundary(t, byID(id)))[0]
 	receipt := first.head["vqs-receipt-handle"]
 	if first.head["vqs-delivery-count"] != "1" || string(first.body) != "x" {
 		t.Fatalf("by id: %v", first)
@@ -388,8 +388,8 @@ func TestLeases(t *testing.T) {
 	expect(t, byID(id), 410, "already_acknowledged")
 }
 
-// nil2 rewrites a multipart answer so that its boundary is 32 times x.
-func nil2(t testing.TB, r reply) []byte {
+// fixedBoundary rewrites a multipart answer so that its boundary is 32 times x.
+func fixedBoundary(t testing.TB, r reply) []byte {
 	t.Helper()
 	expect(t, r, 200, "")
 	_, params, err := mime.ParseMediaType(r.header.Get("Content-Type"))
