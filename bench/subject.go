@@ -97,18 +97,27 @@ func getJSON(ctx context.Context, addr, path string, into any) error {
 	return json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(into)
 }
 
-// cluster asks the servers in turn for the cluster document until one of them knows a leader.
+// cluster returns the cluster document of the leader, or of a server that knows of one if the leader is none of the
+// servers. What another server says may be old: it has just been started, or is cut off.
 func (s *Subject) cluster(ctx context.Context) (wire.Cluster, error) {
 	var failed []error
+	var other wire.Cluster
 	for _, n := range s.Nodes {
 		var c wire.Cluster
 		err := getJSON(ctx, n.HTTP, "/v1/cluster", &c)
-		if err == nil && c.Leader != "" {
+		switch {
+		case err != nil:
+			failed = append(failed, err)
+		case c.Leader == n.ID && n.ID != "":
 			return c, nil
+		case c.Leader != "":
+			other = c
 		}
-		failed = append(failed, err)
 	}
-	return wire.Cluster{}, fmt.Errorf("no server knows a leader: %w", errors.Join(failed...))
+	if _, ok := s.node(other.Leader); other.Leader == "" || ok {
+		return wire.Cluster{}, fmt.Errorf("no server leads: %w", errors.Join(failed...))
+	}
+	return other, nil
 }
 
 // waitInSync waits until a leader is known that counts as many zones as there are servers.
