@@ -93,6 +93,7 @@ Exit codes: 0 ok, 1 failure, 2 usage, 3 not found, 4 precondition, 5 unavailable
 		a.devCommand(), a.serverCommand(),
 		a.sendCommand(), a.receiveCommand(), a.ackCommand(), a.releaseCommand(), a.extendCommand(), a.peekCommand(), a.tailCommand(),
 		a.clusterCommand(),
+		a.benchCommand(),
 		a.walCommand(), a.versionCommand(),
 	)
 	asUsage(root)
@@ -104,7 +105,8 @@ func (a *app) prepare(cmd *cobra.Command) error {
 	covered := func(f *pflag.Flag) bool {
 		// A script's flags for one call (--force, --max) are its own affair; what says where the servers are
 		// and how a node is set up may come from the surroundings.
-		return cmd.Annotations[annotationNode] != "" || cmd.InheritedFlags().Lookup(f.Name) != nil || clientFlags[f.Name]
+		return cmd.Annotations[annotationNode] != "" || cmd.InheritedFlags().Lookup(f.Name) != nil ||
+			clientFlags[f.Name] && cmd.Annotations[annotationCommandLine] == ""
 	}
 	file := ""
 	if f := cmd.Flags().Lookup("config"); f != nil {
@@ -121,6 +123,10 @@ func (a *app) prepare(cmd *cobra.Command) error {
 
 // annotationNode marks the commands that run nodes: all their flags may come from environment and file.
 const annotationNode = "node"
+
+// annotationCommandLine marks the commands whose flags come from the command line alone: a load test must not hit a
+// cluster because a variable happens to name it.
+const annotationCommandLine = "command line"
 
 // clientFlags are those of client commands that may come from the environment.
 var clientFlags = map[string]bool{"server": true, "timeout": true}

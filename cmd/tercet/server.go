@@ -47,6 +47,7 @@ type serverOptions struct {
 	virtualClock       bool
 	logFormat          string
 	logLevel           string
+	bench              benchServer
 }
 
 func (o *serverOptions) register(f *pflag.FlagSet) {
@@ -69,6 +70,7 @@ func (o *serverOptions) register(f *pflag.FlagSet) {
 	f.BoolVar(&o.virtualClock, "virtual-clock", false, "let POST /v1/clock/advance move the cluster's time, for tests")
 	f.StringVar(&o.logFormat, "log-format", "text", "`format` of the log: text or json")
 	f.StringVar(&o.logLevel, "log-level", "info", "lowest `level` that is logged: trace, debug, info, warn or error")
+	o.bench.register(f)
 	f.String("config", "", "YAML `file` with the same names as keys; flags and environment come first")
 }
 
@@ -110,7 +112,7 @@ func (o *serverOptions) config() (raft.Config, error) {
 	cfg := raft.Config{
 		Name: o.nodeID, Zone: o.zone, Dir: o.data, Version: version, Join: o.join,
 		ZoneTimeout: o.zoneTimeout, DiskReserve: int64(o.diskReserve), WALSegmentSize: int64(o.walSegmentSize),
-		MemoryBudget: int64(o.memory), VirtualClock: o.virtualClock,
+		MemoryBudget: int64(o.memory), VirtualClock: o.virtualClock, SyncDelay: o.bench.delay,
 	}
 	if !nodeName.MatchString(o.nodeID) {
 		problem("--node-id %q: want 1 to 64 characters out of A-Z a-z 0-9 _ -", o.nodeID)
@@ -311,6 +313,11 @@ func (a *app) server(ctx context.Context, o *serverOptions) error {
 	for _, l := range httpListeners {
 		go func() { failed <- srv.Serve(l) }()
 	}
+	closeBench, err := o.bench.open(node, log)
+	if err != nil {
+		return err
+	}
+	defer closeBench()
 	notifySystemd("READY=1")
 
 	select {
