@@ -188,7 +188,7 @@ type BatchResult struct {
 	Retryable  bool
 }
 
-// Batch sends messages as one multipart batch.
+// Batch sends messages as one multipart batch. keys are their idempotency keys, where not empty; nil for none.
 func (c *Client) Batch(ctx context.Context, topic string, bodies [][]byte, keys []string) ([]BatchResult, Answer) {
 	ctx, cancel := c.timeout(ctx, 0)
 	defer cancel()
@@ -196,7 +196,7 @@ func (c *Client) Batch(ctx context.Context, topic string, bodies [][]byte, keys 
 	w := multipart.NewWriter(&b)
 	for i, body := range bodies {
 		h := map[string][]string{"content-type": {"application/octet-stream"}}
-		if keys != nil {
+		if keys != nil && keys[i] != "" {
 			h["vqs-idempotency-key"] = []string{keys[i]}
 		}
 		part, err := w.CreatePart(h)

@@ -456,15 +456,20 @@ func (c *Cluster) Followers() (followers []*Node, leader *Node) {
 	return followers, leader
 }
 
-// WaitInSync waits until every running node is ready and reports exactly these zones as in sync.
+// WaitInSync waits until every running node is ready and reports exactly these zones as in sync. A node that has
+// ended by itself fails the test.
 func (c *Cluster) WaitInSync(zones ...string) {
 	c.TB.Helper()
 	want := slices.Sorted(slices.Values(zones))
 	Until(c.TB, 30*time.Second, fmt.Sprintf("zones %v to be in sync", want), func() error {
-		for _, n := range c.Up() {
-			if n.Process() != nil && !n.Process().Alive() {
-				return fmt.Errorf("%s has ended", n.ID)
+		for _, n := range c.Nodes {
+			if p := n.Process(); p != nil && !p.Alive() {
+				if code, err := p.WaitExit(0); err == nil && code > 0 {
+					c.TB.Fatalf("%s has ended with %d:\n%s", n.ID, code, tail(n.Log, 5))
+				}
 			}
+		}
+		for _, n := range c.Up() {
 			if err := n.Ready(); err != nil {
 				return err
 			}

@@ -38,7 +38,7 @@ func StartProcess(tb testing.TB, log, dir string, env []string, argv ...string) 
 	p.cmd.Dir = dir
 	p.cmd.Env = append(Environment(), env...)
 	p.cmd.Stdout, p.cmd.Stderr = file, file
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	p.cmd.SysProcAttr = attributes()
 	started := make(chan error)
 	go func() {
 		// The kernel sends the parent-death signal when the *thread* that forked ends. This goroutine keeps

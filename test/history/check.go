@@ -21,14 +21,16 @@ type Report struct {
 	PublishOK, PublishNo, PublishUnknown int
 	// UnknownSeen counts publishes of unknown outcome that had happened.
 	UnknownSeen int
-	// Receives of unknown outcome: their grants, if any, are not in the record.
-	ReceiveUnknown int
-	Grants         int
+	// Receives that were refused, and those of unknown outcome, whose grants, if any, are not in the record.
+	ReceiveNo, ReceiveUnknown int
+	Grants                    int
 	// Redelivered counts grants beyond the first of a message in a group, Lost the grants that must have been
-	// made (counts were passed over) and whose reply nobody got.
-	Redelivered, Lost        int
-	AckOK, AckNo, AckUnknown int
-	ExtendOK, ExtendNo       int
+	// made (counts were passed over) and whose reply nobody got, Withdrawn those that only a receive can have
+	// had that came back empty or was refused: its time was over, or its node was stopped, while the grant was
+	// on its way, and the server gave the message back.
+	Redelivered, Lost, Withdrawn int
+	AckOK, AckNo, AckUnknown     int
+	ExtendOK, ExtendNo           int
 	// StaleRefused counts settlements that came with an older receipt than the newest and were refused.
 	StaleRefused int
 	// Violations name the rule first.
@@ -37,10 +39,10 @@ type Report struct {
 
 // String is a summary on one line.
 func (r *Report) String() string {
-	return fmt.Sprintf("publishes: %d ok, %d refused, %d unknown (%d of them happened); grants: %d, %d of them redeliveries, %d lost with their reply; "+
-		"receives of unknown outcome: %d; acks: %d ok, %d refused, %d unknown; extensions: %d ok, %d refused; stale receipts refused: %d; violations: %d",
-		r.PublishOK, r.PublishNo, r.PublishUnknown, r.UnknownSeen, r.Grants, r.Redelivered, r.Lost,
-		r.ReceiveUnknown, r.AckOK, r.AckNo, r.AckUnknown, r.ExtendOK, r.ExtendNo, r.StaleRefused, len(r.Violations))
+	return fmt.Sprintf("publishes: %d ok, %d refused, %d unknown (%d of them happened); grants: %d, %d of them redeliveries, %d lost with their reply, %d withdrawn; "+
+		"receives: %d refused, %d unknown; acks: %d ok, %d refused, %d unknown; extensions: %d ok, %d refused; stale receipts refused: %d; violations: %d",
+		r.PublishOK, r.PublishNo, r.PublishUnknown, r.UnknownSeen, r.Grants, r.Redelivered, r.Lost, r.Withdrawn,
+		r.ReceiveNo, r.ReceiveUnknown, r.AckOK, r.AckNo, r.AckUnknown, r.ExtendOK, r.ExtendNo, r.StaleRefused, len(r.Violations))
 }
 
 func (r *Report) violate(rule, format string, args ...any) {
@@ -88,17 +90,25 @@ func Check(h *History) *Report {
 	leases, byReceipt := collectLeases(h, r, published)
 	settled := attachSettles(h, r, byReceipt)
 
-	lostReplies := map[string][]Receive{}
+	lostReplies, inVain := map[string][]Receive{}, map[string][]Receive{}
 	for _, rec := range h.Receives {
-		if rec.Outcome != harness.OK {
+		switch rec.Outcome {
+		case harness.No:
+			r.ReceiveNo++
+			inVain[rec.Group] = append(inVain[rec.Group], rec)
+		case harness.Unknown:
 			r.ReceiveUnknown++
 			lostReplies[rec.Group] = append(lostReplies[rec.Group], rec)
+		case harness.OK:
+			if rec.Waited {
+				inVain[rec.Group] = append(inVain[rec.Group], rec)
+			}
 		}
 	}
 	for _, mk := range sortedKeys(leases) {
 		ls := leases[mk]
 		slices.SortStableFunc(ls, func(a, b *lease) int { return cmp.Compare(a.Count, b.Count) })
-		checkMessage(r, mk, ls, lostReplies[mk.group])
+		checkMessage(r, mk, ls, lostReplies[mk.group], inVain[mk.group])
 	}
 	checkDelivered(h, r, leases, settled)
 	return r
@@ -206,7 +216,7 @@ func attachSettles(h *History, r *Report, byReceipt map[string]*lease) map[messa
 }
 
 // checkMessage checks the leases of one message in one group, sorted by count.
-func checkMessage(r *Report, mk messageKey, ls []*lease, lost []Receive) {
+func checkMessage(r *Report, mk messageKey, ls []*lease, lost, inVain []Receive) {
 	previous := 0
 	for i, b := range ls {
 		if i > 0 {
@@ -215,19 +225,19 @@ func checkMessage(r *Report, mk messageKey, ls []*lease, lost []Receive) {
 		}
 		if missing := b.Count - previous - 1; missing > 0 {
 			// Each count that was passed over was a lease whose reply somebody did not get.
-			r.Lost += missing
-			after := Moment(0)
+			during := Interval{0, b.End}
 			if i > 0 {
-				after = ls[i-1].Start
+				during.Start = ls[i-1].Start
 			}
-			possible := 0
-			for _, rec := range lost {
-				if rec.Start < b.End && rec.End > after {
-					possible++
-				}
+			possible := overlapping(lost, during)
+			r.Lost += min(missing, possible)
+			if missing > possible {
+				r.Withdrawn += missing - possible
+				possible += overlapping(inVain, during)
 			}
 			if possible < missing {
-				r.violate("S2", "group %s: %s came with count %d after %d, and only %d replies were lost meanwhile", mk.group, mk.key, b.Count, previous, possible)
+				r.violate("S2", "group %s: %s came at %v via %s with count %d after %d, and only %d receives can have had the leases between",
+					mk.group, mk.key, b.Interval, b.Via, b.Count, previous, possible)
 			}
 		}
 		previous = b.Count
@@ -237,6 +247,17 @@ func checkMessage(r *Report, mk messageKey, ls []*lease, lost []Receive) {
 		}
 		checkSettles(r, mk, b, newer)
 	}
+}
+
+// overlapping counts the receives that were under way at some time of the interval.
+func overlapping(receives []Receive, during Interval) int {
+	n := 0
+	for _, rec := range receives {
+		if rec.Start < during.End && rec.End > during.Start {
+			n++
+		}
+	}
+	return n
 }
 
 // checkPair checks two leases that follow each other.
@@ -284,7 +305,7 @@ func checkSettles(r *Report, mk messageKey, l, newer *lease) {
 			continue
 		}
 		// Refused: then the lease must have been over, or its message acknowledged.
-		over := newer != nil || s.End >= l.until(s.End)-Moment(Epsilon)
+		over := newer != nil && newer.Start <= s.End || s.End >= l.until(s.End)-Moment(Epsilon)
 		for _, earlier := range l.settles[:i] {
 			over = over || earlier.Ack && earlier.Outcome != harness.No
 		}

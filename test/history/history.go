@@ -55,8 +55,10 @@ type Receive struct {
 	Interval
 	Group   string
 	Outcome harness.Outcome
-	Via     string
-	What    string
+	// Waited is set for one that was ready to wait for messages, and found none.
+	Waited bool
+	Via    string
+	What   string
 }
 
 // Grant is one lease of one message, as a receive brought it.

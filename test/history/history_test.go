@@ -74,6 +74,10 @@ func TestBadHistories(t *testing.T) {
 			h.Grants = append(h.Grants, Grant{Interval: at(20, 30), Group: "g", Key: "k3", ID: "m3", Receipt: "g3", Count: 1})
 		}},
 		{"count passed over and no reply lost", "S2:", false, func(h *History) { h.Grants[1].Count = 3 }},
+		{"count passed over, a receive waited in vain afterwards", "S2:", false, func(h *History) {
+			h.Grants[1].Count = 3
+			h.Receives = append(h.Receives, Receive{Interval: at(2100, 2500), Group: "g", Outcome: harness.OK, Waited: true})
+		}},
 		{"delivered after its acknowledgement", "S3:", true, func(h *History) {
 			h.Settles[0] = Settle{Interval: at(40, 50), Group: "g", Receipt: "g1", Ack: true, Outcome: harness.OK}
 		}},
@@ -97,6 +101,9 @@ func TestBadHistories(t *testing.T) {
 		{"refused within the lease", "S5:", true, func(h *History) {
 			h.Settles[1].Outcome, h.Settles[1].Status = harness.No, 409
 			h.Settles = append(h.Settles, Settle{Interval: at(2060, 2070), Group: "g", Receipt: "g2", Ack: true, Outcome: harness.OK})
+		}},
+		{"refused within the lease, which others get later", "S5:", true, func(h *History) {
+			h.Settles = append(h.Settles, Settle{Interval: at(500, 510), Group: "g", Receipt: "g1", Ack: true, Outcome: harness.No, Status: 409})
 		}},
 		{"one receipt for two leases", "S5:", false, func(h *History) { h.Grants[1].Receipt = "g1" }},
 		{"count does not rise", "S6:", true, func(h *History) { h.Grants[1].Count = 1 }},
@@ -139,6 +146,14 @@ func TestTolerated(t *testing.T) {
 		{"count passed over, a reply was lost", func(h *History) {
 			h.Grants[1].Count = 3
 			h.Receives = append(h.Receives, Receive{Interval: at(1100, 1500), Group: "g", Outcome: harness.Unknown})
+		}},
+		{"count passed over, a receive waited in vain", func(h *History) {
+			h.Grants[1].Count = 3
+			h.Receives = append(h.Receives, Receive{Interval: at(1100, 1500), Group: "g", Outcome: harness.OK, Waited: true})
+		}},
+		{"count passed over, a wait was cut short", func(h *History) {
+			h.Grants[1].Count = 3
+			h.Receives = append(h.Receives, Receive{Interval: at(1100, 1500), Group: "g", Outcome: harness.No})
 		}},
 		{"released and leased again at once", func(h *History) {
 			h.Settles = append(h.Settles, Settle{Interval: at(40, 50), Group: "g", Receipt: "g1", Outcome: harness.OK})

@@ -350,7 +350,7 @@ func (w *consumer) receive(ctx context.Context, lease, wait time.Duration) ([]re
 	ds, a := c.Receive(ctx, harness.Receive{
 		Topic: l.Topic, Group: w.group, Max: 1 + w.rng.IntN(10), Visibility: lease, Wait: wait, Multipart: w.rng.IntN(2) == 0,
 	})
-	rec.Outcome = a.Outcome
+	rec.Outcome, rec.Waited = a.Outcome, len(ds) == 0
 	if a.Outcome != harness.OK {
 		rec.What = a.String()
 	}
