@@ -75,7 +75,9 @@ func (s *Sealer) MessageID(id MessageID) string {
 	sum := s.idCheck(id)
 	b = append(b, sum[:idCheckBytes]...)
 	var text [64]byte
-	return string(idText.AppendEncode(text[:0], b))
+	n := idText.EncodedLen(len(b))
+	idText.Encode(text[:n], b)
+	return string(text[:n])
 }
 
 // ParseMessageID reads what MessageID wrote. Anything else is errs.MessageNotFound: no message was ever
@@ -126,7 +128,8 @@ func (s *Sealer) ParseReceipt(text string) (Receipt, error) {
 	defer s.macs.Put(m)
 	var err error
 	m.buf, err = receiptText.AppendDecode(m.buf[:0], []byte(text))
-	if err != nil || len(m.buf) <= receiptMACBytes {
+	// The decoder passes over line breaks; a receipt has one text only.
+	if err != nil || len(m.buf) <= receiptMACBytes || receiptText.EncodedLen(len(m.buf)) != len(text) {
 		return Receipt{}, errs.Of(errs.InvalidReceipt)
 	}
 	body, code := m.buf[:len(m.buf)-receiptMACBytes], m.buf[len(m.buf)-receiptMACBytes:]
