@@ -178,7 +178,7 @@ const readAhead = 32
 func (e *Engine) stored(t *topic, off, bound uint64) (found *block, err error) {
 	defer e.damaged(&err)
 	off = max(off, t.floor.offset)
-	if e.breakVisibility {
+	if e.seeLaterRows {
 		bound = 1<<64 - 1
 	}
 	if off >= bound {
@@ -232,7 +232,7 @@ func (e *Engine) headerAt(t *topic, it *pebble.Iterator) (*block, error) {
 	if err != nil {
 		return nil, fmt.Errorf("engine: block header of topic %q at offset %d: %w", t.name, base, err)
 	}
-	if !e.breakVisibility && b.index > e.index {
+	if !e.seeLaterRows && b.index > e.index {
 		return nil, fmt.Errorf("engine: block of entry %d in view of entry %d", b.index, e.index)
 	}
 	return b, nil
@@ -240,11 +240,11 @@ func (e *Engine) headerAt(t *topic, it *pebble.Iterator) (*block, error) {
 
 // blockFor returns the block that holds off, or the first behind it, nil at the end of the log.
 func (e *Engine) blockFor(t *topic, off uint64) (*block, error) {
-	if off >= t.next && !e.breakVisibility {
+	if off >= t.next && !e.seeLaterRows {
 		return nil, nil
 	}
 	base := t.memoryBase()
-	if off < base || e.breakVisibility && off >= t.next {
+	if off < base || e.seeLaterRows && off >= t.next {
 		b, err := e.stored(t, off, base)
 		if b != nil || err != nil {
 			return b, err
@@ -259,7 +259,7 @@ func (e *Engine) blockFor(t *topic, off uint64) (*block, error) {
 func (e *Engine) firstLive(t *topic, hint *block, off uint64, now int64, advance bool) (*block, uint32, error) {
 	off = max(off, t.gone)
 	dead := advance && off == t.gone // everything below off has expired
-	for off < t.next || e.breakVisibility {
+	for off < t.next || e.seeLaterRows {
 		b := hint
 		if b == nil || off < b.base || off >= b.end() {
 			var err error
@@ -313,7 +313,7 @@ func (e *Engine) byID(t *topic, id MessageID) (*block, uint32, error) {
 		return t.open, i, nil
 	}
 	// Rows of this entry and later ones may be there from before a crash: they do not exist yet.
-	if id.Index >= e.index && !e.breakVisibility && (e.applying || id.Index > e.index) {
+	if id.Index >= e.index && !e.seeLaterRows && (e.applying || id.Index > e.index) {
 		return nil, 0, nil
 	}
 	live := t.recent[t.head:]
@@ -321,7 +321,7 @@ func (e *Engine) byID(t *topic, id MessageID) (*block, uint32, error) {
 	if n := len(live); n > 0 && id.Index >= live[0].index {
 		k := sort.Search(n, func(i int) bool { return live[i].index >= id.Index })
 		if k == n || live[k].index != id.Index {
-			if !e.breakVisibility {
+			if !e.seeLaterRows {
 				return nil, 0, nil
 			}
 		} else {

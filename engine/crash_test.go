@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
 )
@@ -239,7 +240,55 @@ func (c *crasher) String() string { return "crasher" }
 type breakRules struct{ visibility, mutable, removal bool }
 
 func (b breakRules) set(e *Engine) {
-	e.breakVisibility, e.breakMutable, e.breakRemoval = b.visibility, b.mutable, b.removal
+	e.seeLaterRows = b.visibility
+	switch {
+	case b.mutable:
+		e.beforeStore = storeMutableNow
+	case b.removal:
+		e.beforeStore = removeNow
+	}
+}
+
+// storeMutableNow breaks rule 16(b) for a test: groups are written when they change.
+func storeMutableNow(e *Engine) error {
+	if e.durable.Load() == nil {
+		return nil
+	}
+	batch := e.db.NewBatch()
+	defer func() { _ = batch.Close() }()
+	for _, g := range e.groups {
+		e.put(batch, g.appendRow(nil), rowGroup, g.topic.inc, g.inc)
+	}
+	return batch.Commit(pebble.NoSync)
+}
+
+// removeNow breaks rule 16(c) for a test: blocks are removed when they have expired.
+func removeNow(e *Engine) error {
+	var dead []*block
+	for _, name := range sortedKeys(e.topics) {
+		t := e.topics[name]
+		for off := t.gone; off < t.next; {
+			b, err := e.blockFor(t, off)
+			if err != nil {
+				return err
+			}
+			if b == nil {
+				break
+			}
+			if b != t.open && b.lastExpiry <= e.stamp.Cluster {
+				dead = append(dead, b)
+			}
+			off = b.end()
+		}
+	}
+	for _, b := range dead {
+		for _, kind := range []byte{rowBlock, rowPayload} {
+			if err := e.db.Delete(e.keys.key(kind, b.topic, b.base), pebble.NoSync); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // crashRun runs a workload on a disk that loses power at random moments and returns what went wrong, and how

@@ -113,8 +113,9 @@ type Engine struct {
 	failed       atomic.Pointer[failure]
 	failure      chan struct{} // closed with failed
 
-	// Broken on purpose by the negative controls of the tests: rule 16(a), (b), (c).
-	breakVisibility, breakMutable, breakRemoval bool
+	// The negative controls of the crash tests break rule 16(a) with the one, (b) and (c) with the other.
+	seeLaterRows bool
+	beforeStore  func(*Engine) error
 }
 
 type failure struct{ err error }

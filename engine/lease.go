@@ -1,0 +1,253 @@
+package engine
+
+import (
+	"math"
+	"slices"
+	"time"
+
+	"tercet.dev/tercet/internal/errs"
+)
+
+func (e *Engine) applyReceive(r *reader, res *Result) error {
+	var v receiveView
+	v.parse(r)
+	switch {
+	case r.err() != nil || v.max < 1 || v.visibility <= 0:
+		res.Code = errs.BadRequest
+		return nil
+	case len(v.deployment) > 0:
+		res.Code = errs.Unsupported
+		return nil
+	}
+	t, code := e.topicNamed(v.topic)
+	if code != errs.OK {
+		res.Code = code
+		return nil
+	}
+	g, code := e.groupNamed(t, v.group, v.latest)
+	if code != errs.OK {
+		res.Code = code
+		return nil
+	}
+	now := e.stamp.Cluster
+	g.fold(now, math.MaxInt)
+	room := v.max
+	if v.maxConcurrency > 0 {
+		room = min(room, v.maxConcurrency-g.inflight)
+	}
+	ds := e.scratch[:0]
+	for len(ds) < room && g.live < e.unsettledMax {
+		b, i, err := e.firstLive(t, g.cur, g.next, now, true)
+		if err != nil {
+			return err
+		}
+		g.cur = b
+		if b == nil {
+			if g.next != t.next {
+				g.advance(t.next)
+			}
+			break
+		}
+		off := b.base + uint64(i)
+		known := g.ahead > 0 && g.find(off) != nil
+		g.advance(off + 1)
+		g.pos = b.streamOf(i)
+		if known {
+			continue // given out through its ID before
+		}
+		l := g.grantNew(off, g.pos, b.expiry(i), now, v.visibility)
+		ds = append(ds, e.delivery(b, i, g, l))
+	}
+	for len(ds) < room {
+		off, l := g.retry()
+		if l == nil {
+			break
+		}
+		b, i, err := e.blockAt(t, g.cur, off)
+		if err != nil {
+			return err
+		}
+		g.ready.pop()
+		g.grant(off, l, now, v.visibility)
+		ds = append(ds, e.delivery(b, i, g, l))
+	}
+	e.scratch = ds[:0]
+	if g.parked {
+		e.look(g) // what was granted now has deadlines that whoever waits has to know
+	}
+	if len(ds) > 0 {
+		res.Deliveries = slices.Clone(ds)
+		e.dirtRough.Add(int64(48 * len(ds)))
+		return nil
+	}
+	switch {
+	case v.maxConcurrency > 0 && g.inflight >= v.maxConcurrency:
+		res.Code, res.Inflight = errs.ConcurrencyLimit, g.inflight
+	case g.live >= e.unsettledMax:
+		res.Code, res.Inflight = errs.UnsettledLimit, g.inflight
+	}
+	if res.Code != errs.OK {
+		if at := g.nextEvent(); at != never {
+			res.RetryAfter = time.Duration(max(at-now, 0)) * time.Millisecond
+		}
+	}
+	if v.park {
+		res.Parked = true
+		e.park(g)
+	}
+	return nil
+}
+
+func (e *Engine) delivery(b *block, i uint32, g *group, l *lease) Delivery {
+	off := b.base + uint64(i)
+	return Delivery{
+		ID:      MessageID{Shard: e.o.Shard, Index: b.index, Pos: b.posOf(i), Kind: KindPlain},
+		Receipt: Receipt{Shard: e.o.Shard, Topic: g.topic.inc, Group: g.inc, Offset: off, Epoch: l.epoch},
+		Stream:  b.streamOf(i), Count: l.count,
+		PublishedAt: b.wall, ExpiresAt: b.wallExpiry(i), LeaseUntil: e.stamp.Wall + l.deadline - l.granted,
+	}
+}
+
+func (e *Engine) applyReceiveID(r *reader, res *Result) error {
+	var v receiveIDView
+	v.parse(r)
+	switch {
+	case r.err() != nil || v.visibility <= 0:
+		res.Code = errs.BadRequest
+		return nil
+	case len(v.deployment) > 0:
+		res.Code = errs.Unsupported
+		return nil
+	}
+	now := e.stamp.Cluster
+	res.Code = errs.MessageNotFound
+	t := e.topics[string(v.topic)]
+	if t == nil {
+		return nil
+	}
+	b, i, err := e.byID(t, v.id)
+	if err != nil {
+		return err
+	}
+	if b == nil || b.expiry(i) <= now {
+		return nil
+	}
+	g, code := e.groupNamed(t, v.group, false)
+	if code != errs.OK {
+		res.Code = code
+		return nil
+	}
+	g.fold(now, math.MaxInt)
+	off := b.base + uint64(i)
+	l := g.find(off)
+	wait := func(code errs.Code, until int64) {
+		res.Code = code
+		res.RetryAfter = time.Duration(until-now) * time.Millisecond
+	}
+	switch {
+	case l == nil && off < g.next, l != nil && l.state == settledAhead:
+		res.Code = errs.AlreadyAcknowledged
+		return nil
+	case l != nil && l.state == leased && l.deadline > now:
+		wait(errs.LeasedElsewhere, l.deadline)
+		return nil
+	case l != nil && l.due() > now:
+		wait(errs.NotYetVisible, l.due())
+		return nil
+	case v.maxConcurrency > 0 && g.inflight >= v.maxConcurrency:
+		res.Code, res.Inflight = errs.ConcurrencyLimit, g.inflight
+		return nil
+	case l == nil && g.live >= e.unsettledMax:
+		res.Code, res.Inflight = errs.UnsettledLimit, g.inflight
+		return nil
+	case l == nil:
+		l = g.grantNew(off, b.streamOf(i), b.expiry(i), now, v.visibility)
+	default:
+		g.grant(off, l, now, v.visibility)
+	}
+	res.Code = errs.OK
+	res.Deliveries = []Delivery{e.delivery(b, i, g, l)}
+	if g.parked {
+		e.look(g)
+	}
+	e.dirtRough.Add(48)
+	return nil
+}
+
+func (e *Engine) applySettle(r *reader, res *Result) error {
+	var v settleView
+	v.parse(r)
+	switch {
+	case r.bad || v.count == 0 || v.op != Acknowledge && v.op != Extend:
+		res.Code = errs.BadRequest
+		return nil
+	case len(v.deployment) > 0:
+		res.Code = errs.Unsupported
+		return nil
+	}
+	at := *r
+	for range v.count {
+		at.receipt()
+	}
+	if at.err() != nil {
+		res.Code = errs.BadRequest
+		return nil
+	}
+	var g *group
+	if t := e.topics[string(v.topic)]; t != nil {
+		g = t.groups[string(v.group)]
+	}
+	res.Codes = make([]errs.Code, v.count)
+	if g != nil {
+		g.fold(e.stamp.Cluster, math.MaxInt)
+	}
+	for i := range res.Codes {
+		rc := r.receipt()
+		if g == nil || rc.Shard != e.o.Shard || rc.Topic != g.topic.inc || rc.Group != g.inc {
+			res.Codes[i] = errs.MessageNotFound
+			continue
+		}
+		code, err := e.settle(g, rc, &v, res)
+		if err != nil {
+			return err
+		}
+		res.Codes[i] = code
+	}
+	e.dirtRough.Add(int64(24 * len(res.Codes)))
+	if g != nil && g.parked {
+		e.look(g)
+	}
+	return nil
+}
+
+func (e *Engine) settle(g *group, rc Receipt, v *settleView, res *Result) (errs.Code, error) {
+	now := e.stamp.Cluster
+	if rc.Epoch == 0 {
+		return errs.LeaseExpired, nil
+	}
+	l := g.find(rc.Offset)
+	switch {
+	case l == nil || l.state == settledAhead:
+		return errs.MessageNotFound, nil
+	case l.epoch != rc.Epoch:
+		return errs.NotHolder, nil
+	case l.state == released:
+		return errs.NotInFlight, nil
+	case l.deadline <= now:
+		return errs.LeaseExpired, nil
+	case v.op == Acknowledge:
+		g.acknowledge(rc.Offset, l)
+	case v.visibility == 0:
+		g.release(rc.Offset, l, now)
+	case l.expiry != never && now+v.visibility > l.expiry:
+		b, i, err := e.blockAt(g.topic, g.cur, rc.Offset)
+		if err != nil {
+			return errs.OK, err
+		}
+		res.ExpiresAt = b.wallExpiry(i)
+		return errs.ExtendPastExpiry, nil
+	default:
+		g.extend(rc.Offset, l, now+v.visibility)
+	}
+	return errs.OK, nil
+}

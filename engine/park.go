@@ -1,0 +1,147 @@
+package engine
+
+import "math"
+
+// Park decides, under the lock that Apply takes, whether a receive would find nothing at now. If the group
+// exists and nothing is deliverable, it calls register, if that is not nil, and reports true: whatever makes
+// the group deliverable from then on is reported by the Effects of the Apply that does it. With a nil
+// register it only answers.
+func (e *Engine) Park(r *Receive, now Stamp, register func()) (parked bool, err error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if err := e.Err(); err != nil {
+		return false, err
+	}
+	t := e.topics[r.Topic]
+	if t == nil || t.groups[r.Group] == nil {
+		return false, nil
+	}
+	g := t.groups[r.Group]
+	at := max(now.Cluster, e.stamp.Cluster)
+	if r.MaxConcurrency <= 0 || g.inflightAtMost(at) < r.MaxConcurrency {
+		ok, err := e.deliverable(g, at, false)
+		if err != nil || ok {
+			return false, err
+		}
+	}
+	if register != nil {
+		register()
+		e.park(g)
+	}
+	return true, nil
+}
+
+// NextDue tells when time will next make a message of the group deliverable or end a lease of it: the cluster
+// time, later than the last stamp, at which to propose a parked receive, or a tick. What is deliverable
+// already does not count: Park and the Effects tell that.
+func (e *Engine) NextDue(topic, group string) (cluster int64, ok bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	t := e.topics[topic]
+	if t == nil || t.groups[group] == nil {
+		return 0, false
+	}
+	g := t.groups[group]
+	g.fold(e.stamp.Cluster, math.MaxInt)
+	at := g.nextEvent()
+	return at, at != never
+}
+
+// park notes that receives wait for the group on this node.
+func (e *Engine) park(g *group) {
+	if !g.parked {
+		g.parked = true
+		g.topic.parked = append(g.topic.parked, g)
+	}
+	if e.applying {
+		e.look(g)
+	} else {
+		g.fold(e.stamp.Cluster, math.MaxInt)
+		e.arm(g, g.nextEvent())
+	}
+}
+
+// look puts a group with parked receives on the list of those to be looked at when the entry is done.
+func (e *Engine) look(g *group) {
+	if e.fx != nil && g.touched != e.index {
+		g.touched = e.index
+		e.touched = append(e.touched, g)
+	}
+}
+
+// arm sees to it that the group is looked at when cluster time reaches at; it reports whether that is
+// earlier than before.
+func (e *Engine) arm(g *group, at int64) bool {
+	if at >= g.armed {
+		return false
+	}
+	g.armed = at
+	e.due.push(timer{at, g.number})
+	return true
+}
+
+// report lists the groups that have become deliverable for receives parked on this node.
+func (e *Engine) report() error {
+	if e.fx == nil {
+		return nil
+	}
+	now := e.stamp.Cluster
+	for len(e.due) > 0 && e.due[0].at <= now {
+		g := e.groups[e.due[0].off]
+		if g.armed == e.due[0].at {
+			g.armed = never
+			e.look(g)
+		}
+		e.due.pop()
+	}
+	for _, g := range e.touched {
+		if !g.parked {
+			continue
+		}
+		g.fold(now, math.MaxInt)
+		ref := GroupRef{Topic: g.topic.name, Group: g.name}
+		ok, err := e.deliverable(g, now, true)
+		if err != nil {
+			return err
+		}
+		if ok {
+			e.fx.Deliverable = append(e.fx.Deliverable, ref)
+		}
+		if e.arm(g, g.nextEvent()) {
+			e.fx.Due = append(e.fx.Due, ref)
+		}
+	}
+	return nil
+}
+
+// deliverable reports whether a receive without a bound on concurrency would be given something at now.
+func (e *Engine) deliverable(g *group, now int64, apply bool) (bool, error) {
+	if g.live < e.unsettledMax {
+		off := g.next
+		for {
+			b, i, err := e.firstLive(g.topic, g.cur, off, now, apply)
+			if err != nil {
+				return false, err
+			}
+			if b == nil {
+				break
+			}
+			off = b.base + uint64(i)
+			if g.ahead == 0 || g.find(off) == nil {
+				return true, nil
+			}
+			off++
+		}
+	}
+	_, l := g.retry()
+	return l != nil || g.nextEvent() <= now, nil
+}
+
+// inflightAtMost bounds the leases that run at now from above without visiting them all: those that have
+// just run out show as an earliest time that has passed, which deliverable then finds.
+func (g *group) inflightAtMost(now int64) int {
+	if g.nextEvent() <= now {
+		return g.inflightAt(now)
+	}
+	return g.inflight
+}
