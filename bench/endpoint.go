@@ -26,13 +26,16 @@ type Endpoint struct {
 
 // Listen opens an endpoint. addr must be a loopback address.
 func Listen(addr string, node Node) (*Endpoint, error) {
-	l, err := net.Listen("tcp", addr)
+	tcp, err := net.ResolveTCPAddr("tcp", addr)
 	if err != nil {
 		return nil, err
 	}
-	if ip := l.Addr().(*net.TCPAddr).IP; !ip.IsLoopback() {
-		l.Close()
+	if !tcp.IP.IsLoopback() {
 		return nil, fmt.Errorf("%s is no loopback address", addr)
+	}
+	l, err := net.ListenTCP("tcp", tcp)
+	if err != nil {
+		return nil, err
 	}
 	e := &Endpoint{node: node, l: l}
 	mux := http.NewServeMux()

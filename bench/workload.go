@@ -26,8 +26,8 @@ type Workload struct {
 	// Warmup comes before the Duration that counts.
 	Warmup   time.Duration `json:"warmup"`
 	Duration time.Duration `json:"duration"`
-	// Messages ends the run after so many were published (or, without publishers, acknowledged) instead.
-	// Everything counts then.
+	// Messages ends the run after so many instead: published, without publishers acknowledged, with both published
+	// and acknowledged. Everything counts then.
 	Messages int64 `json:"messages,omitempty"`
 	// Retention is that of the messages.
 	Retention time.Duration `json:"retention"`
@@ -187,6 +187,7 @@ type run struct {
 	start time.Time // of the whole run: requests become due from here
 	// published and acknowledged count messages over the whole run.
 	published, acknowledged atomic.Int64
+	publishing              atomic.Int64 // publishers that have not ended
 	cancel                  context.CancelFunc
 
 	mu     sync.Mutex
@@ -223,6 +224,7 @@ func (r *run) all(parent context.Context, workers []worker) error {
 	ctx, cancel := context.WithCancel(parent)
 	defer cancel()
 	r.cancel = cancel
+	r.publishing.Store(int64(r.w.Publishers))
 	r.start = time.Now()
 	if r.w.Messages > 0 {
 		r.begin()
@@ -262,7 +264,7 @@ func (r *run) all(parent context.Context, workers []worker) error {
 			if r.phase.Load() == counting {
 				r.finish(began)
 			}
-			if complete || r.w.Messages > 0 && r.done() {
+			if complete || r.done() {
 				return nil
 			}
 			return parent.Err()
@@ -285,12 +287,19 @@ func (r *run) finish(began time.Time) {
 	}
 }
 
-// done reports whether as many messages went through as the workload asks for.
+// publishedAll reports whether a run of a number of messages has published them all.
+func (r *run) publishedAll() bool { return r.w.Messages > 0 && r.published.Load() >= r.w.Messages }
+
+// done reports whether a run of a number of messages is complete.
 func (r *run) done() bool {
-	if r.w.Publishers > 0 {
-		return r.published.Load() >= r.w.Messages
+	switch {
+	case r.w.Messages == 0 || r.w.Publishers > 0 && !r.publishedAll():
+		return false
+	case r.w.Consumers == 0:
+		return true
 	}
-	return r.acknowledged.Load() >= r.w.Messages
+	// A few requests may have been under way when enough was published; they are waited for.
+	return r.publishing.Load() == 0 && r.acknowledged.Load() >= max(r.w.Messages, r.published.Load())
 }
 
 // publish is one publisher's loop.
@@ -299,10 +308,10 @@ func (r *run) publish(ctx context.Context, i int, p Publisher) {
 	defer rec.flush()
 	local := Result{Failed: map[string]int64{}, Zones: map[int]int64{}}
 	defer r.add(&local)
+	defer r.publishing.Add(-1)
 	schedule := newSchedule(r.start, r.w, i)
 	for n := int64(0); ctx.Err() == nil; n++ {
-		if r.w.Messages > 0 && r.done() {
-			r.stopIfDone()
+		if r.publishedAll() {
 			return
 		}
 		due, ok := schedule.wait(ctx, n)
@@ -340,8 +349,8 @@ func (r *run) consume(ctx context.Context, c Consumer) {
 	local := Result{Failed: map[string]int64{}}
 	defer r.add(&local)
 	for ctx.Err() == nil {
-		if r.w.Messages > 0 && r.w.Publishers == 0 && r.done() {
-			r.stopIfDone()
+		if r.done() {
+			r.cancel() // the others wait for nothing
 			return
 		}
 		began := time.Now()
@@ -368,13 +377,6 @@ func (r *run) consume(ctx context.Context, c Consumer) {
 			acknowledge.record(time.Since(received))
 			local.Acknowledged += int64(n)
 		}
-	}
-}
-
-// stopIfDone ends a run of a number of messages once they are all there: consumers wait for nothing else then.
-func (r *run) stopIfDone() {
-	if r.w.Publishers == 0 || r.w.Consumers == 0 {
-		r.cancel()
 	}
 }
 
