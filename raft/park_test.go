@@ -236,3 +236,50 @@ func TestNoWakeUpIsLost(t *testing.T) {
 	wg.Wait()
 	c.eventually("an empty lot", func() bool { return c.node(c.leader()).coal.lot.len() == 0 })
 }
+
+// Each cause that makes a message deliverable wakes a receive that waits, though nothing else happens.
+func TestEachCauseWakes(t *testing.T) {
+	c := newCluster(t, func(cfg *Config) { cfg.test.parkSlice = time.Hour })
+	c.start(founders...)
+	c.inSync(3)
+	lead := c.node(c.leader())
+	for cause, wake := range map[string]func(topic string, held engine.Delivery) []byte{
+		"release": func(topic string, held engine.Delivery) []byte {
+			s := &engine.Settle{Topic: topic, Group: "g", Op: engine.Extend, Receipts: []engine.Receipt{held.Receipt}}
+			return s.AppendTo(nil)
+		},
+		"freed concurrency": func(topic string, held engine.Delivery) []byte { return ackCommand(topic, "g", held) },
+		"shorter lease": func(topic string, held engine.Delivery) []byte {
+			s := &engine.Settle{Topic: topic, Group: "g", Op: engine.Extend, Visibility: time.Second, Receipts: []engine.Receipt{held.Receipt}}
+			return s.AppendTo(nil)
+		},
+	} {
+		t.Run(cause, func(t *testing.T) {
+			topic := "t-" + cause[:3]
+			r := &engine.Receive{Topic: topic, Group: "g", Max: 1, Visibility: time.Hour}
+			bodies := []string{"first"}
+			if cause == "freed concurrency" {
+				r.MaxConcurrency = 1
+				bodies = append(bodies, "second")
+			}
+			must(t, lead, Proposal{Command: publishCommand(topic, bodies...)})
+			held := must(t, lead, Proposal{Command: r.AppendTo(nil)})
+			if len(held.Deliveries) != 1 {
+				t.Fatalf("%+v", held)
+			}
+			got := make(chan Reply, 1)
+			go func() {
+				reply, err := c.node(c.follower()).Propose(testContext(t), Proposal{Command: r.AppendTo(nil), Wait: time.Hour})
+				if err != nil {
+					t.Errorf("receive: %v", err)
+				}
+				got <- reply
+			}()
+			c.eventually("a parked receive", func() bool { return lead.coal.lot.len() == 1 })
+			must(t, lead, Proposal{Command: wake(topic, held.Deliveries[0])})
+			if reply := <-got; len(reply.Deliveries) != 1 {
+				t.Fatalf("%+v", reply)
+			}
+		})
+	}
+}

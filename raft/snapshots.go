@@ -350,7 +350,8 @@ func (k *sink) receiveFile(r io.Reader, f engine.ExportFile) error {
 		return err
 	}
 	sum := crc32.New(castagnoli)
-	_, err = io.CopyN(io.MultiWriter(w, sum), r, f.Size)
+	// The sum first: Pebble's files may scribble over what they have written.
+	_, err = io.CopyN(io.MultiWriter(sum, w), r, f.Size)
 	if cerr := w.Close(); err == nil {
 		err = cerr
 	}
