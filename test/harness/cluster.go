@@ -104,6 +104,7 @@ func New(tb testing.TB, opts Options) *Cluster {
 	c := &Cluster{TB: tb, Dir: dir, opts: opts, binary: Binary(tb), http: &http.Client{Transport: transport}}
 	// Registered before any process's own clean-up, so it runs after them.
 	tb.Cleanup(func() {
+		c.scanLogs()
 		if tb.Failed() {
 			c.printLogs()
 			if os.Getenv(envKeep) == "1" {
@@ -149,6 +150,21 @@ func fileName(r rune) rune {
 		return '-'
 	}
 	return r
+}
+
+// scanLogs fails the test when a node has panicked or, built with the race detector, found a race.
+func (c *Cluster) scanLogs() {
+	for _, n := range c.Nodes {
+		log, err := os.ReadFile(n.Log)
+		if err != nil {
+			continue // never started
+		}
+		for _, bad := range []string{"WARNING: DATA RACE", "\npanic: ", "\nfatal error: "} {
+			if at := bytes.Index(log, []byte(bad)); at >= 0 {
+				c.TB.Errorf("%s:\n%s", n.ID, log[at:min(len(log), at+6000)])
+			}
+		}
+	}
 }
 
 // printLogs shows the end of each node's log.
