@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -40,9 +41,11 @@ type cluster struct {
 
 var founders = []string{"n1", "n2", "n3"}
 
-// newCluster makes the addresses and directories of a cluster; start starts its nodes.
+// newCluster makes the addresses and directories of a cluster; start starts its nodes. Tests with clusters run beside
+// each other: they mostly wait for time-outs.
 func newCluster(t *testing.T, tweak func(*Config)) *cluster {
 	t.Helper()
+	t.Parallel()
 	level, out := hclog.Off, io.Discard
 	if os.Getenv("TERCET_TEST_LOG") != "" {
 		level, out = hclog.Debug, os.Stderr
@@ -61,10 +64,18 @@ func newCluster(t *testing.T, tweak func(*Config)) *cluster {
 	return c
 }
 
-// freeAddr reserves a loopback address.
+// loopbacks counts the loopback addresses in use by this process's tests.
+var loopbacks atomic.Uint32
+
+// freeAddr returns an address that stays free while no node listens on it: on a loopback address of its own, so that
+// no other test's port and no outgoing connection can take it.
 func freeAddr(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	n := loopbacks.Add(1)
+	l, err := net.Listen("tcp", fmt.Sprintf("127.%d.%d.%d:0", 100+os.Getpid()%100, 1+n/200, 1+n%200))
+	if err != nil {
+		l, err = net.Listen("tcp", "127.0.0.1:0") // a system with one loopback address
+	}
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -82,7 +82,10 @@ func TestLeaderKilledWhileClientsSitOnFollowers(t *testing.T) {
 	for range 4 {
 		wg.Go(func() { consume(200*time.Millisecond, func() bool { return ctx.Err() != nil }) })
 	}
-	kills := 3
+	kills := 2
+	if campaign() {
+		kills = 40
+	}
 	for k := range kills {
 		from := progress.Load()
 		c.eventually("progress before a kill", func() bool { return progress.Load() >= from+100 })
