@@ -31,6 +31,7 @@ type world struct {
 	t    *testing.T
 	mu   sync.Mutex
 	live map[string]*life // by logical address; nil while a node is down
+	cut  map[*life]bool   // lives that are cut off, and live
 
 	barriers atomic.Int64
 }
@@ -70,7 +71,9 @@ type nodeOptions struct {
 	logger    hclog.Logger
 }
 
-func newWorld(t *testing.T) *world { return &world{t: t, live: make(map[string]*life)} }
+func newWorld(t *testing.T) *world {
+	return &world{t: t, live: make(map[string]*life), cut: make(map[*life]bool)}
+}
 
 func nodeName(i int) string { return fmt.Sprintf("n%d", i+1) }
 
@@ -158,6 +161,9 @@ func (m mortalListener) Accept() (net.Conn, error) {
 func (l *life) dial(ctx context.Context, address string) (net.Conn, error) {
 	l.w.mu.Lock()
 	to := l.w.live[address]
+	if l.w.cut[l] {
+		to = nil
+	}
 	l.w.mu.Unlock()
 	if l.isDead() {
 		<-ctx.Done()

@@ -510,8 +510,7 @@ func TestCrashSimulationFindsTheOpenGate(t *testing.T) {
 			t.faults.openFollowerGate, t.faults.openLeaderGate, t.faults.skipOwnRow = true, true, true
 		}},
 		"single voter does not wait": {nodes: 1, lyingLog: true},
-		"nothing broken":             {nodes: 3},
-		"nothing broken, eager":      {nodes: 3, eager: true},
+		"nothing broken":             {nodes: 3, eager: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			broken := p.faults != nil || p.lyingLog

@@ -78,6 +78,25 @@ func TestInstallSnapshot(t *testing.T) {
 	}
 }
 
+// TestInstallSnapshotGateCanBeSwitchedOff is the negative control of decision 3c.
+func TestInstallSnapshotGateCanBeSwitchedOff(t *testing.T) {
+	ms := members(t, 2)
+	leader, follower := ms[0], ms[1]
+	follower.faults.openInstallGate = true
+	leader.disk.sync(100)
+	done := make(chan error, 1)
+	var resp hraft.InstallSnapshotResponse
+	go func() {
+		done <- leader.InstallSnapshot(follower.id, "", leader.snapshot(5, 0), &resp, bytes.NewReader(nil))
+	}()
+	rpc, _ := follower.takeInstall(t)
+	follower.disk.append(7)
+	rpc.Respond(&hraft.InstallSnapshotResponse{Term: 5, Success: true}, nil)
+	if err := receive(t, done); err != nil || !resp.Success {
+		t.Errorf("%+v, %v", resp, err)
+	}
+}
+
 // TestInstallSnapshotEnds: every way in which a transfer can end early reaches both sides.
 func TestInstallSnapshotEnds(t *testing.T) {
 	const size = 64 * snapshotPart
