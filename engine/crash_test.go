@@ -214,7 +214,9 @@ type crasher struct {
 }
 
 func newCrasher(fs *vfs.MemFS, rng *rand.Rand, every int) *crasher {
-	return &crasher{fs: fs, rng: rng, every: every, next: rng.IntN(every)}
+	// Of its own, since the store's goroutines use it.
+	own := rand.New(rand.NewPCG(rng.Uint64(), 5))
+	return &crasher{fs: fs, rng: own, every: every, next: own.IntN(every)}
 }
 
 // MaybeError implements errorfs.Injector: it never fails an operation, it only looks at it.

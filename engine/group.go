@@ -186,13 +186,14 @@ type group struct {
 	// What follows is memory of this node alone.
 	cur     *block // where next was found last
 	parked  bool   // receives were parked here; sticky
+	told    int64  // what NextDue has last said, or the effects since
 	armed   int64  // the earliest time the due queue of the engine holds for it
 	number  uint64 // place among the engine's groups
 	touched uint64 // the index of the entry that put it on the list of groups to look at
 }
 
 func newGroup(t *topic, name string, inc uint64) *group {
-	return &group{topic: t, name: name, inc: inc, chunks: make(map[uint64]*chunk), armed: never}
+	return &group{topic: t, name: name, inc: inc, chunks: make(map[uint64]*chunk), armed: never, told: never}
 }
 
 func (g *group) chunk(key uint64) *chunk {

@@ -379,7 +379,7 @@ func (mc *machine) check(rt *rapid.T, ok bool, format string, args ...any) {
 func (mc *machine) apply(rt *rapid.T, cmds []Command, numbered bool) []Result {
 	l := mc.l
 	l.t = rt
-	if numbered {
+	if numbered && len(cmds) > 0 {
 		mc.openIntake(rt)
 		mc.heard = l.now.Cluster
 	}
@@ -438,13 +438,16 @@ func (mc *machine) openIntake(rt *rapid.T) {
 	if mc.intake != 0 && silent <= limits.IntakeSilenceMax.Milliseconds() {
 		return
 	}
+	mc.m.now = mc.l.now.Cluster
 	if mc.intake != 0 {
 		mc.hits["silent"]++
 		r := mc.l.append(mc.numberedEntry(mc.number, &Publish{Topic: "t", Messages: messages(0, "late")}))
 		mc.check(rt, r[0].Code == errs.IntakeClosed, "a command of a silent intake gave %v", r[0].Code)
+		mc.reported(rt)
 	}
 	mc.nonce++
 	r := mc.l.apply(&OpenIntake{Node: "n", Nonce: mc.nonce})
+	mc.reported(rt)
 	mc.intake, mc.heard = r[0].Intake, mc.l.now.Cluster
 	mc.number = mc.lowest + uint64(mc.nonce)
 	mc.lowest = mc.number

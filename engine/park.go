@@ -43,8 +43,8 @@ func (e *Engine) NextDue(topic, group string) (cluster int64, ok bool) {
 	}
 	g := t.groups[group]
 	g.fold(e.stamp.Cluster, math.MaxInt)
-	at := g.nextEvent()
-	return at, at != never
+	g.told = g.nextEvent()
+	return g.told, g.told != never
 }
 
 // park notes that receives wait for the group on this node.
@@ -69,15 +69,12 @@ func (e *Engine) look(g *group) {
 	}
 }
 
-// arm sees to it that the group is looked at when cluster time reaches at; it reports whether that is
-// earlier than before.
-func (e *Engine) arm(g *group, at int64) bool {
-	if at >= g.armed {
-		return false
+// arm sees to it that the group is looked at when cluster time reaches at.
+func (e *Engine) arm(g *group, at int64) {
+	if at < g.armed {
+		g.armed = at
+		e.due.push(timer{at, g.number})
 	}
-	g.armed = at
-	e.due.push(timer{at, g.number})
-	return true
 }
 
 // report lists the groups that have become deliverable for receives parked on this node.
@@ -107,7 +104,13 @@ func (e *Engine) report() error {
 		if ok {
 			e.fx.Deliverable = append(e.fx.Deliverable, ref)
 		}
-		if e.arm(g, g.nextEvent()) {
+		at := g.nextEvent()
+		e.arm(g, at)
+		if g.told <= now {
+			g.told = never // that timer has run out
+		}
+		if at < g.told {
+			g.told = at
 			e.fx.Due = append(e.fx.Due, ref)
 		}
 	}
