@@ -52,6 +52,8 @@ type testHooks struct {
 	// keepLogBytes overrides keepLogBytes, when not zero.
 	keepLogBytes int64
 	direct       wal.DirectMode
+	// installGrace overrides installGrace, when not zero.
+	installGrace time.Duration
 	// parkSlice overrides parkSliceMax, when not zero.
 	parkSlice time.Duration
 }
@@ -328,6 +330,9 @@ func (n *Node) openStorage() error {
 		s, err := n.wal.Space()
 		return s.Free - s.Reserve, err
 	}, n.log)
+	if cfg.test.installGrace != 0 {
+		n.snaps.grace = cfg.test.installGrace
+	}
 	return nil
 }
 

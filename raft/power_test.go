@@ -59,6 +59,7 @@ func (m *machines) use(cfg *Config) {
 	cfg.test.disk, cfg.test.fs, cfg.test.direct = m.logs[cfg.Name], m.store[cfg.Name], wal.Off
 	cfg.test.checkpointLogBytes = 1 << 20
 	cfg.test.keepLogBytes = 1 << 20
+	cfg.test.installGrace = time.Millisecond
 	cfg.WALSegmentSize = 256 << 10
 }
 
@@ -125,6 +126,56 @@ func TestPowerLosses(t *testing.T) {
 	l.check(c, c.node(c.follower()))
 	consumed.check(c)
 	t.Logf("%d publishes acknowledged, %d unknown; %d acknowledged by consumers", len(l.acked), l.unknown.Load(), len(consumed.done))
+}
+
+// Decision 2: the power fails at some moment of a snapshot's installation, again and again. Whatever the disk kept, the
+// node starts, catches up, and has the others' state.
+func TestPowerLossDuringInstall(t *testing.T) {
+	seed := testSeed(t)
+	losses := 4
+	if campaign() {
+		losses = 100
+	}
+	rnd := rand.New(rand.NewPCG(seed, 5))
+	m := newMachines(seed)
+	c := newCluster(t, m.use)
+	c.start(founders...)
+	c.inSync(3)
+	c.tweak = func(cfg *Config) { m.use(cfg); cfg.Peers = nil }
+	victim, lead := c.follower(), c.leader()
+	l := startLoad(t, 4, func() *Node { return c.node(lead) })
+	installs := 0
+	for range losses {
+		m.powerLoss(c, victim)
+		// More than is kept of the log: only a snapshot brings the node back.
+		last := c.node(lead).logs.Last()
+		c.eventually("the log to be cut beyond the victim", func() bool { return c.node(lead).logs.shard.First() > last })
+		m.mu.Lock()
+		d := m.logs[victim]
+		m.mu.Unlock()
+		c.start(victim)
+		installing := false
+		if rnd.IntN(4) > 0 {
+			d.CrashAt(1 + rnd.IntN(60))
+			c.eventually("the power to fail", func() bool {
+				installing = installing || c.node(victim).eng.Durable().Index > last
+				return d.Crashed()
+			})
+		} else {
+			c.eventually("the snapshot to be installed", func() bool { return c.node(victim).eng.Durable().Index > last })
+			installing = true
+		}
+		if installing {
+			installs++
+		}
+	}
+	m.powerLoss(c, victim)
+	c.start(victim)
+	c.inSync(3)
+	l.stop()
+	c.agree()
+	l.check(c, c.node(victim))
+	t.Logf("%d losses, %d of them after the installation", losses, installs)
 }
 
 // consumers receive and acknowledge what a load publishes.

@@ -364,6 +364,7 @@ func (n *Node) stepPolicy() {
 		views = append(views, voterView{ID: id, Match: match, BehindBytes: n.meter.between(match, head, n.wal.Written()),
 			Connected: n.mesh.Connected(peerID(id)), Refused: n.refusing(id)})
 	}
+	n.nudge(head, views)
 	n.policyMu.Lock()
 	change, ok := n.policy.step(now, n.id, head, views)
 	if ok && !change.Out && change.Node == n.id && n.draining.Load() {
@@ -382,6 +383,21 @@ func (n *Node) stepPolicy() {
 	}
 	n.coal.enqueue(&op{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority, urgent: true,
 		from: originFunc(func(*op, outcome) {})})
+}
+
+// nudge keeps the log flowing to a voter that is behind. Raft sends at most maxAppendEntries entries for each entry that
+// is appended, and what is left waits for the next one or a quarter of a second: a voter that was slow for a
+// moment would trickle along just when publishers wait for it and append nothing.
+func (n *Node) nudge(head uint64, voters []voterView) {
+	for _, v := range voters {
+		moving := n.now().Sub(n.trans.Load().Watermark().Progress(hraft.ServerID(v.ID)).MatchAt) < time.Second
+		if moving && !v.Refused && v.Match+maxAppendEntries < head {
+			cmd := &engine.Tick{}
+			n.coal.enqueue(&op{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority, urgent: true,
+				from: originFunc(func(*op, outcome) {})})
+			return
+		}
+	}
 }
 
 // updateRoute tells the intake who leads.

@@ -52,6 +52,8 @@ type snapshots struct {
 	// room reports the free bytes of the data directory.
 	room func() (int64, error)
 	log  hclog.Logger
+	// grace is installGrace, unless a test is in a hurry.
+	grace time.Duration
 
 	mu sync.Mutex
 	// exports holds the index of each snapshot being sent, or sent a moment ago.
@@ -68,7 +70,7 @@ type store interface {
 }
 
 func newSnapshots(s store, room func() (int64, error), log hclog.Logger) *snapshots {
-	return &snapshots{store: s, room: room, log: log, exports: make(map[*export]struct{}), sending: make(chan struct{}, 1)}
+	return &snapshots{store: s, room: room, log: log, grace: installGrace, exports: make(map[*export]struct{}), sending: make(chan struct{}, 1)}
 }
 
 // hraftMeta translates a checkpoint's place.
@@ -123,7 +125,7 @@ func (s *snapshots) floor() (index uint64, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for e := range s.exports {
-		if !e.closedAt.IsZero() && time.Since(e.closedAt) > installGrace {
+		if !e.closedAt.IsZero() && time.Since(e.closedAt) > s.grace {
 			delete(s.exports, e)
 			continue
 		}
