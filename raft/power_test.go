@@ -146,9 +146,9 @@ func TestPowerLossDuringInstall(t *testing.T) {
 	l := startLoad(t, 4, func() *Node { return c.node(lead) })
 	installs := 0
 	for range losses {
+		last := c.node(victim).logs.Last()
 		m.powerLoss(c, victim)
 		// More than is kept of the log: only a snapshot brings the node back.
-		last := c.node(lead).logs.Last()
 		c.eventually("the log to be cut beyond the victim", func() bool { return c.node(lead).logs.shard.First() > last })
 		m.mu.Lock()
 		d := m.logs[victim]

@@ -11,6 +11,7 @@ import (
 	"io"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -44,6 +45,13 @@ const installedPrefix = "installed-"
 // installGrace is how long the log from an exported snapshot on is kept after the export, so that the follower
 // finds the entries it needs next.
 const installGrace = 30 * time.Second
+
+// unreadMax is how long a snapshot waits for its receiver to be there. The copy holds on to files that the store would
+// like to remove, and the log is kept from it on; whoever comes later gets a fresher one.
+const unreadMax = 10 * time.Second
+
+// errUnread fails the reading of a snapshot whose receiver came too late for it.
+var errUnread = errors.New("the snapshot has been waiting for too long; a fresh one is sent")
 
 // snapshots implements hraft.SnapshotStore. There is exactly one snapshot: the engine's durable checkpoint
 // (decision 2). Nothing is stored here.
@@ -111,7 +119,7 @@ func (s *snapshots) Open(id string) (*hraft.SnapshotMeta, io.ReadCloser, error) 
 	for _, f := range x.Files {
 		size += f.Size + crc32.Size
 	}
-	e := &export{s: s, x: x, index: x.Meta.Index, head: bytes.NewReader(header)}
+	e := &export{s: s, x: x, index: x.Meta.Index, openedAt: time.Now(), head: bytes.NewReader(header)}
 	s.mu.Lock()
 	s.exports[e] = struct{}{}
 	s.mu.Unlock()
@@ -125,6 +133,10 @@ func (s *snapshots) floor() (index uint64, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for e := range s.exports {
+		if e.closedAt.IsZero() && time.Since(e.openedAt) > unreadMax && e.abandon() {
+			// Closing takes the lock, and removes files: not here.
+			go func() { _ = e.Close() }()
+		}
 		if !e.closedAt.IsZero() && time.Since(e.closedAt) > s.grace {
 			delete(s.exports, e)
 			continue
@@ -158,7 +170,11 @@ type export struct {
 	s        *snapshots
 	x        *engine.Export
 	index    uint64
+	openedAt time.Time
 	closedAt time.Time // guarded by s.mu
+
+	// state decides between being read and being abandoned.
+	state atomic.Uint32
 
 	head io.Reader // header, or the checksum of the file before
 	next int       // the file that comes after head
@@ -168,8 +184,22 @@ type export struct {
 	once sync.Once
 }
 
+// States of an export.
+const (
+	exportWaiting uint32 = iota
+	exportRead
+	exportAbandoned
+)
+
+// abandon gives up an export that nobody has begun to read.
+func (e *export) abandon() bool { return e.state.CompareAndSwap(exportWaiting, exportAbandoned) }
+
 // Read implements io.Reader.
 func (e *export) Read(p []byte) (int, error) {
+	e.state.CompareAndSwap(exportWaiting, exportRead)
+	if e.state.Load() == exportAbandoned {
+		return 0, errUnread
+	}
 	for {
 		if e.head != nil {
 			n, err := e.head.Read(p)

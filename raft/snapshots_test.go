@@ -167,6 +167,33 @@ func TestSnapshotDamage(t *testing.T) {
 	}
 }
 
+// A snapshot whose receiver does not come is given up, and holds neither files nor log; the next one is fresh.
+func TestSnapshotThatNobodyReads(t *testing.T) {
+	_, _, source, _ := snapshotPair(t)
+	list, err := source.List()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, r, err := source.Open(list[0].ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	source.mu.Lock()
+	for e := range source.exports {
+		e.openedAt = e.openedAt.Add(-2 * unreadMax)
+	}
+	source.grace = 0
+	source.mu.Unlock()
+	poll(t, "the log to be free", func() bool { _, kept := source.floor(); return !kept })
+	if _, err := r.Read(make([]byte, 10)); !errors.Is(err, errUnread) {
+		t.Fatalf("reading it: %v", err)
+	}
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	stream(t, source)
+}
+
 func FuzzSnapshotHeader(f *testing.F) {
 	f.Add([]byte{snapshotVersion, 1, 1, 1, 0, 0})
 	f.Add([]byte{snapshotVersion, 1, 1, 1, 1, 'c', 1, 1, 'f', 5})
