@@ -145,15 +145,12 @@ func (e *Engine) encodeDirty(batch *pebble.Batch) {
 func (e *Engine) sweep(batch *pebble.Batch, s *state) (floors map[uint64]floor, swept int64, err error) {
 	defer e.damaged(&err)
 	now := s.stamp.Cluster
-	upto := now / minute
+	upto := now / expiryUnit
 	if upto <= e.swept {
 		return nil, e.swept, nil
 	}
-	type dead struct {
-		base   uint64
-		minute uint64
-	}
-	byTopic := make(map[uint64][]dead)
+	// The base offsets of dead blocks.
+	byTopic := make(map[uint64][]uint64)
 	it, err := e.db.NewIter(&pebble.IterOptions{
 		LowerBound: e.keys.key(rowExpiry, uint64(e.swept)), UpperBound: e.keys.key(rowExpiry, uint64(upto)+1)})
 	if err != nil {
@@ -161,13 +158,12 @@ func (e *Engine) sweep(batch *pebble.Batch, s *state) (floors map[uint64]floor, 
 	}
 	defer func() { _ = it.Close() }()
 	for it.First(); it.Valid(); it.Next() {
-		min, _ := keyPart(it.Key(), 0)
 		inc, _ := keyPart(it.Key(), 1)
 		base, ok := keyPart(it.Key(), 2)
 		if !ok {
 			return nil, 0, fmt.Errorf("engine: expiry row %x: %w", it.Key(), errMalformed)
 		}
-		byTopic[inc] = append(byTopic[inc], dead{base, min})
+		byTopic[inc] = append(byTopic[inc], base)
 	}
 	if err := it.Error(); err != nil {
 		return nil, 0, fmt.Errorf("engine: reading the expiry index: %w", err)
@@ -175,8 +171,8 @@ func (e *Engine) sweep(batch *pebble.Batch, s *state) (floors map[uint64]floor, 
 	floors = make(map[uint64]floor)
 	for _, inc := range sortedKeys(byTopic) {
 		set := make(map[uint64]bool, len(byTopic[inc]))
-		for _, d := range byTopic[inc] {
-			set[d.base] = true
+		for _, base := range byTopic[inc] {
+			set[base] = true
 		}
 		e.mu.RLock()
 		t := e.byInc[inc]
@@ -201,11 +197,11 @@ func (e *Engine) sweep(batch *pebble.Batch, s *state) (floors map[uint64]floor, 
 			_ = batch.DeleteRange(e.keys.key(rowByStream, inc, old.stream.Ms, old.stream.Seq), e.keys.key(rowByStream, inc, f.stream.Ms, f.stream.Seq), nil)
 			e.put(batch, f.appendRow(nil), rowFloor, inc)
 		}
-		for _, d := range byTopic[inc] {
-			if d.base < f.offset {
+		for _, base := range byTopic[inc] {
+			if base < f.offset {
 				continue
 			}
-			if err := e.removeBlock(batch, inc, d.base); err != nil {
+			if err := e.removeBlock(batch, inc, base); err != nil {
 				return nil, 0, err
 			}
 		}

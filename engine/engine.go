@@ -68,7 +68,7 @@ type Engine struct {
 	gen     uint64 // the generation that is open
 	// installed is the state CURRENT points to when an install has been committed and not reopened yet.
 	installed *state
-	swept     int64 // expired blocks up to this minute have been removed
+	swept     int64 // expired blocks up to this tick have been removed
 
 	// dbMu is held for reading by whoever reads the store outside mu, and for writing while it is replaced.
 	dbMu sync.RWMutex

@@ -76,7 +76,7 @@ func (e *Engine) logicalRows(visit func(key, value []byte) error) (err error) {
 			err = visit(it.Key(), v)
 			lead := [][]uint64{{rowPayload, inc, base}, {rowByIndex, inc, b.index}, {rowByStream, inc, b.stream.Ms, b.stream.Seq}}
 			if b.lastExpiry != never {
-				lead = append(lead, []uint64{rowExpiry, minuteAfter(b.lastExpiry), inc, base})
+				lead = append(lead, []uint64{rowExpiry, expiryTick(b.lastExpiry), inc, base})
 			}
 			for _, l := range lead {
 				if err != nil {

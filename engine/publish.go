@@ -156,7 +156,7 @@ func (e *Engine) putBlock(batch *pebble.Batch, t *topic, entry []byte) {
 	e.put(batch, base, rowByIndex, t.inc, b.index)
 	e.put(batch, binary.AppendUvarint(base, b.index), rowByStream, t.inc, b.stream.Ms, b.stream.Seq)
 	if b.lastExpiry != never {
-		e.put(batch, binary.AppendUvarint(e.rowBuf[:0], b.index), rowExpiry, minuteAfter(b.lastExpiry), t.inc, b.base)
+		e.put(batch, binary.AppendUvarint(e.rowBuf[:0], b.index), rowExpiry, expiryTick(b.lastExpiry), t.inc, b.base)
 	}
 }
 
@@ -167,7 +167,9 @@ func (e *Engine) put(batch *pebble.Batch, value []byte, kind byte, parts ...uint
 	_ = op.Finish()
 }
 
-const minute = 60_000
+// expiryUnit is how fine the expiry index tells times apart, in milliseconds. There is one row a block
+// whatever it is; a coarse unit keeps what has expired on the disk until the unit has passed.
+const expiryUnit = 1000
 
-// minuteAfter is the first whole minute at or after a time.
-func minuteAfter(at int64) uint64 { return uint64((at + minute - 1) / minute) }
+// expiryTick is the first tick of the expiry index at or after a time.
+func expiryTick(at int64) uint64 { return uint64((at + expiryUnit - 1) / expiryUnit) }

@@ -14,7 +14,7 @@ const (
 	rowPayload  = 'P' // topic, base offset -> message records; written once
 	rowByIndex  = 'I' // topic, raft index -> base offset; written once
 	rowByStream = 'X' // topic, stream ID -> base offset, raft index; written once
-	rowExpiry   = 'E' // minute, topic, base offset -> raft index; written once
+	rowExpiry   = 'E' // expiry tick, topic, base offset -> raft index; written once
 	rowTopic    = 'T' // topic -> topic; checkpoint
 	rowGroup    = 'G' // topic, group -> group; checkpoint
 	rowChunk    = 'U' // topic, group, chunk -> unsettled messages; checkpoint
