@@ -154,6 +154,7 @@ func (w *WAL) landed(b *batch) {
 	for _, m := range b.moves {
 		m.shard.relocate(m)
 	}
+	w.moving -= len(b.moves)
 	if len(b.moves) > 0 {
 		w.releaseOld()
 	}
@@ -170,6 +171,9 @@ func (w *WAL) landed(b *batch) {
 	w.mu.Unlock()
 	b.buf = nil
 	w.wake()
+	if len(b.moves) > 0 {
+		w.keeper.poke() // the next segment may be nearly empty as well
+	}
 	if len(freed) > 0 {
 		w.freed.Add(int64(len(freed)))
 		w.keeper.free(freed)

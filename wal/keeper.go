@@ -201,7 +201,6 @@ func (k *keeper) run() {
 func (k *keeper) pass() (again bool) {
 	steps := []func() (bool, error){
 		k.recycle,
-		func() (bool, error) { return false, k.prepareNext(true) },
 		k.fillPool,
 		k.rewrite,
 	}
@@ -318,9 +317,13 @@ func (k *keeper) prepareNext(background bool) error {
 	return nil
 }
 
-// fillPool makes sure that the pool holds as many filled segments as asked for.
+// fillPool makes sure that the next segment is prepared, and that the pool holds as many as asked for.
 func (k *keeper) fillPool() (bool, error) {
 	for {
+		// The committer may have taken the prepared segment while the last one was being filled.
+		if err := k.prepareNext(true); err != nil {
+			return false, err
+		}
 		k.mu.Lock()
 		lacking := len(k.pool) < k.w.opts.Prefill
 		name := k.w.path(poolName(k.poolSeq))
@@ -416,7 +419,8 @@ func (k *keeper) rewrite() (bool, error) {
 	}
 	var items []item
 	w.mu.Lock()
-	if len(w.segs) < rewriteAfter || w.usable() != nil {
+	// Entries on their way would be found again. They are not waited for: the committer may need the keeper first.
+	if len(w.segs) < rewriteAfter || w.moving > 0 || w.usable() != nil {
 		w.mu.Unlock()
 		return false, nil
 	}
@@ -434,7 +438,7 @@ func (k *keeper) rewrite() (bool, error) {
 		}
 	}
 	w.mu.Unlock()
-	var lsn LSN
+	w.log.Debug("moving entries out of an old segment", "segment", front.id, "entries", len(items))
 	for _, it := range items {
 		var e Entry
 		switch err := it.shard.Get(it.index, &e); {
@@ -456,21 +460,13 @@ func (k *keeper) rewrite() (bool, error) {
 		s := it.shard
 		if it.index >= s.first && it.index < s.next && *s.locs.at(int(it.index - s.first)) == it.loc {
 			w.reserve(h.size())
-			var to location
-			to, lsn = w.put(h, e.Data, e.Extensions)
+			to, _ := w.put(h, e.Data, e.Extensions)
 			w.cur.moves = append(w.cur.moves, move{s, it.index, it.loc, to})
+			w.moving++
 		}
 		w.mu.Unlock()
 	}
 	w.signal()
-	if w.opts.stepped || lsn == 0 {
-		return false, nil
-	}
-	// Until the moves are made they would be found again.
-	w.log.Debug("moving entries out of an old segment", "segment", front.id, "entries", len(items))
-	if err := w.waitOrStop(lsn); err != nil {
-		return false, errStopped
-	}
 	return false, nil
 }
 

@@ -426,3 +426,26 @@ func TestIdleShardDoesNotPinSegments(t *testing.T) {
 	check()
 	must(t, w.Close())
 }
+
+// TestMovingEntriesDoesNotHoldUpRotation: an idle shard pins the oldest segment while another writes at full speed.
+// The keeper moves the pinned entry, and must not wait for that while the committer waits for the keeper's segment.
+func TestMovingEntriesDoesNotHoldUpRotation(t *testing.T) {
+	d := sim.New(1, sim.Options{})
+	w := mustOpen(t, Options{Dir: "/log", FS: d, SegmentSize: 32 << 10, Prefill: -1, RingBytes: 1})
+	idle, busy := w.Shard(0), w.Shard(1)
+	appendTo(t, idle, 1, 1, 100)
+	for i := uint64(1); i <= 3000; i++ {
+		lsn := appendTo(t, busy, i, 1, 8<<10)
+		if i%8 == 0 {
+			must(t, busy.TruncatePrefix(i-1))
+		}
+		if i%16 == 0 {
+			must(t, w.WaitDurable(lsn, nil))
+		}
+	}
+	st := w.Stats()
+	must(t, w.Close())
+	if st.Rewritten == 0 || st.RotationWaits == 0 {
+		t.Fatalf("it never came to moving and waiting: %+v", st)
+	}
+}

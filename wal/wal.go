@@ -153,8 +153,10 @@ type WAL struct {
 	// stateBytes is the size of a state record's payload.
 	stateBytes int
 	ring       ring
-	markerDue  bool
-	closing    bool
+	// moving counts entries in buffered batches that are on their way out of an old segment.
+	moving    int
+	markerDue bool
+	closing   bool
 
 	written atomic.Uint64
 	durable atomic.Uint64
@@ -330,9 +332,6 @@ func (w *WAL) WaitDurableContext(ctx context.Context, lsn LSN) error {
 	}
 	return err
 }
-
-// waitOrStop is WaitDurable for the log's own goroutines: it ends when the log is to close.
-func (w *WAL) waitOrStop(lsn LSN) error { return w.WaitDurable(lsn, w.stop) }
 
 // wake lets all waiters look again.
 func (w *WAL) wake() {
