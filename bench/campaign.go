@@ -71,7 +71,7 @@ func Backlog(ctx context.Context, s *Subject, w Workload, progress func(publishe
 	r.FilledIn, r.MessagesPerSecond = filled.Elapsed, filled.MessagesPerSecond()
 	cluster, err := s.waitInSync(ctx)
 	if err != nil {
-		return nil, err
+		return r, err
 	}
 	for _, n := range s.Nodes {
 		usage, err := ReadProcess(s.Pids()[n.ID])
@@ -88,10 +88,7 @@ func Backlog(ctx context.Context, s *Subject, w Workload, progress func(publishe
 		if r.Nodes[i].Ready, err = restart(ctx, s, n); err != nil {
 			return r, err
 		}
-		wait, cancel := context.WithTimeout(ctx, 2*time.Minute)
-		_, err := s.waitInSync(wait)
-		cancel()
-		if err != nil {
+		if _, err := s.waitInSync(ctx); err != nil {
 			return r, err
 		}
 		usage, err := ReadProcess(s.Pids()[n.ID])

@@ -148,9 +148,7 @@ func Disrupt(ctx context.Context, s *Subject, w Workload, d Disruption) (*Disrup
 	ended := time.Now()
 	watch.fill(r, ended)
 
-	wait, stop := context.WithTimeout(ctx, time.Minute)
-	after, err := s.waitInSync(wait)
-	stop()
+	after, err := s.waitInSync(ctx)
 	r.InSyncAgain = time.Since(ended)
 	if err != nil {
 		r.InSyncAgain = -1
@@ -364,7 +362,7 @@ func (r *DisruptReport) Text(w io.Writer) error {
 	if r.InSyncAgain >= 0 {
 		row("in sync", "all zones, %s after the load ended", r.InSyncAgain.Round(time.Millisecond))
 	} else {
-		row("in sync", "not all zones, a minute after the load ended")
+		row("in sync", "not all zones, "+inSyncPatience.String()+" after the load ended")
 	}
 	row("account", "%s acknowledged, lost=%d, %d duplicates, %d found without an acknowledgement",
 		FormatCount(float64(r.Balance.Acknowledged)), r.Balance.Lost, r.Balance.Duplicates, r.Balance.Unacknowledged)

@@ -120,8 +120,13 @@ func (s *Subject) cluster(ctx context.Context) (wire.Cluster, error) {
 	return other, nil
 }
 
+// inSyncPatience bounds the wait for all zones: a restarted server has to catch up, and be stable for a while.
+const inSyncPatience = 2 * time.Minute
+
 // waitInSync waits until a leader is known that counts as many zones as there are servers.
 func (s *Subject) waitInSync(ctx context.Context) (wire.Cluster, error) {
+	ctx, cancel := context.WithTimeout(ctx, inSyncPatience)
+	defer cancel()
 	for {
 		c, err := s.cluster(ctx)
 		if err == nil && len(c.InSync) >= len(s.Nodes) {
