@@ -160,12 +160,12 @@ func prepareProbeFile(name string, body []byte, span int64, prefilled bool) erro
 	return f.Sync()
 }
 
-// probeStream writes and syncs one file until the deadline.
+// probeStream writes and syncs one file until the deadline, but once at least.
 func probeStream(ctx context.Context, f disk.File, body []byte, span int64, deadline time.Time, wrap bool, hist *Histogram) (int64, error) {
 	rec := recorder{to: hist}
 	defer rec.flush()
 	var n, off int64
-	for at := time.Now(); at.Before(deadline) && ctx.Err() == nil; n++ {
+	for at := time.Now(); (n == 0 || at.Before(deadline)) && ctx.Err() == nil; n++ {
 		if _, err := f.WriteAt(body, off); err != nil {
 			return n, err
 		}

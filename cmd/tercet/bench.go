@@ -541,6 +541,7 @@ func (a *app) benchKill(cmd *cobra.Command, o publishFlags) error {
 	if !given("retention") {
 		o.Retention = 10 * time.Minute // nothing must expire before it is accounted for
 	}
+	o.Stamped = true
 	w, err := o.workload()
 	if err != nil {
 		return err
