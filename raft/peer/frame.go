@@ -157,6 +157,9 @@ func appendFrame(queue [][]byte, kind Kind, flags uint8, shard uint16, request u
 		h = append(h, body[0]...)
 		body = body[1:]
 	}
+	if queue == nil {
+		queue = make([][]byte, 0, 1+len(body))
+	}
 	queue = append(queue, h)
 	for _, p := range body {
 		if len(p) > 0 {

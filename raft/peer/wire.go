@@ -13,9 +13,6 @@ import (
 // memory.
 const readBuffer = 64 << 10
 
-// queuedMax bounds the bytes waiting to be written on one connection before callers that may wait have to.
-const queuedMax = 32 << 20
-
 // errSilent and errStalled end connections whose other end no longer takes part.
 var (
 	errSilent  = &timeoutError{"nothing was heard for too long"}
@@ -56,13 +53,12 @@ type wire struct {
 
 	mu struct {
 		sync.Mutex
-		cond   *sync.Cond // signalled when queue grows, shrinks, or the connection ends
-		queue  [][]byte
-		bytes  int
-		err    error
-		ended  bool
-		drain  bool // end once the queue is written
-		writes uint64
+		cond  *sync.Cond // signalled when queue grows, shrinks, or the connection ends
+		queue [][]byte
+		bytes int
+		err   error
+		ended bool
+		drain bool // end once the queue is written
 	}
 }
 
@@ -90,19 +86,20 @@ func (h hearing) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// send queues a frame. It never blocks; the caller bounds what it has outstanding. It reports false when the
-// connection has ended or the frame is too large.
+// send queues a frame. It never blocks; the caller bounds what it has outstanding. It fails when the connection has
+// ended or the frame is too large.
 func (w *wire) send(kind Kind, flags uint8, shard uint16, request uint64, body [][]byte) error {
+	// The checksum over a large body is not computed under the lock.
+	vec, n, err := appendFrame(nil, kind, flags, shard, request, body)
+	if err != nil {
+		return err
+	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.mu.ended || w.mu.drain {
 		return w.endedErr()
 	}
-	queue, n, err := appendFrame(w.mu.queue, kind, flags, shard, request, body)
-	if err != nil {
-		return err
-	}
-	w.mu.queue = queue
+	w.mu.queue = append(w.mu.queue, vec...)
 	w.mu.bytes += n
 	w.mu.cond.Broadcast()
 	return nil
@@ -140,7 +137,6 @@ func (w *wire) writeLoop() {
 		}
 		queue, bytes := w.mu.queue, w.mu.bytes
 		w.mu.queue = nil
-		w.mu.writes++
 		w.mu.Unlock()
 
 		w.writing.Store(max(w.clock(), 1))

@@ -23,7 +23,7 @@ const (
 	kindSnapshotEnd   = peer.KindUser + 7 // snapshot; never answered
 
 	// KindNode is the first frame kind that this package leaves to others.
-	KindNode = peer.KindUser + 48
+	KindNode = peer.KindUser + 16
 )
 
 // Bounds that a decoder checks before it allocates. Raft itself takes no more entries a request.

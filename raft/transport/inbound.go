@@ -158,7 +158,7 @@ type answerer struct {
 	t       *Transport
 	session *peer.Session
 	queue   chan *handed
-	cancel  context.CancelFunc
+	ctx     context.Context // ends with the connection or the transport
 }
 
 // handed is an append that raft has got.
@@ -202,6 +202,9 @@ func (t *Transport) takeAppend(r *peer.Request) error {
 		return nil
 	}
 	a.queue <- h
+	if a.ctx.Err() != nil {
+		a.finish() // the answerer may have finished before this was added
+	}
 	return nil
 }
 
@@ -216,7 +219,7 @@ func (t *Transport) answererOf(s *peer.Session) (*answerer, error) {
 		return nil, hraft.ErrTransportShutdown
 	}
 	ctx, cancel := context.WithCancel(s.Context())
-	a := &answerer{t: t, session: s, queue: make(chan *handed, inboxMax), cancel: cancel}
+	a := &answerer{t: t, session: s, queue: make(chan *handed, inboxMax), ctx: ctx}
 	t.mu.answers[s] = a
 	stop := context.AfterFunc(t.ctx, cancel)
 	t.wg.Add(1)
@@ -228,8 +231,6 @@ func (t *Transport) answererOf(s *peer.Session) (*answerer, error) {
 		t.mu.Lock()
 		delete(t.mu.answers, s)
 		t.mu.Unlock()
-		// Nothing is added any more once the connection has ended, except by a reader that is just at it: what it
-		// adds is settled by finish.
 		a.finish()
 	}()
 	return a, nil

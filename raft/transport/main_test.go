@@ -130,11 +130,10 @@ func (d *fakeDisk) WaitDurable(lsn wal.LSN, cancel <-chan struct{}) error {
 // member is one node under test: mesh, transport, disk; raft is played by the test.
 type member struct {
 	*Transport
-	id       hraft.ServerID
-	mesh     *peer.Mesh
-	disk     *fakeDisk
-	net      *faultyNet
-	advances chan Advance
+	id   hraft.ServerID
+	mesh *peer.Mesh
+	disk *fakeDisk
+	net  *faultyNet
 }
 
 // faultyNet is the dialling side of a node's network, which a test can cut.
@@ -172,7 +171,7 @@ func (n *faultyNet) set(cut bool) {
 }
 
 // members starts nodes that know each other; change may alter their options.
-func members(t *testing.T, count int, change ...func(*Options)) []*member {
+func members(t testing.TB, count int, change ...func(*Options)) []*member {
 	t.Helper()
 	all := make([]*member, count)
 	peers := make(map[peer.ID]string)
@@ -183,11 +182,11 @@ func members(t *testing.T, count int, change ...func(*Options)) []*member {
 			t.Fatal(err)
 		}
 		id := peer.ID([]string{"n1.aa", "n2.bb", "n3.cc", "n4.dd"}[i])
-		m := &member{id: hraft.ServerID(id), disk: newFakeDisk(), net: &faultyNet{}, advances: make(chan Advance, 4096)}
+		m := &member{id: hraft.ServerID(id), disk: newFakeDisk(), net: &faultyNet{}}
 		m.mesh = peer.New(peer.Options{ID: id, Zone: id.Name(), Cluster: "c1", Listener: l, Dial: m.net.dial,
-			RedialMin: time.Millisecond, RedialMax: 10 * time.Millisecond})
+			RedialMin: time.Millisecond, RedialMax: 10 * time.Millisecond, Logger: testLogger(string(id))})
 		o := Options{Mesh: m.mesh, Shard: 3, Address: hraft.ServerAddress(l.Addr().String()), Log: m.disk, WAL: m.disk,
-			OnAdvance: func(a Advance) { m.advances <- a }, CallTimeout: patience}
+			CallTimeout: patience}
 		for _, c := range change {
 			c(&o)
 		}

@@ -463,7 +463,7 @@ func (r *run) judge(ctx context.Context) error {
 
 // TestCrashSimulation: with the gate, no acknowledged message is lost, however many nodes lose power at once.
 func TestCrashSimulation(t *testing.T) {
-	losses, runs := 8, 1
+	losses, runs := 6, 1
 	if campaign() {
 		losses, runs = 60, 4
 	}
@@ -502,7 +502,7 @@ func TestCrashSimulation(t *testing.T) {
 // TestCrashSimulationFindsTheOpenGate is the negative control: without the gate, the same simulation must find a loss.
 // Each control breaks one rule, and the same harsh weather with no rule broken shows that it is not the weather.
 func TestCrashSimulationFindsTheOpenGate(t *testing.T) {
-	const runs = 12 // of each; one or two do
+	const runs = 16 // of each; one or two do
 	for name, p := range map[string]plan{
 		"follower answers early": {nodes: 3, faults: func(t *Transport) { t.faults.openFollowerGate = true }},
 		"leader believes early":  {nodes: 3, eager: true, faults: func(t *Transport) { t.faults.openLeaderGate = true }},
@@ -515,7 +515,7 @@ func TestCrashSimulationFindsTheOpenGate(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			broken := p.faults != nil || p.lyingLog
 			for range runs {
-				p.seed, p.losses, p.keep, p.harsh = rand.Uint64(), 5*p.nodes, sim.KeepNone, true
+				p.seed, p.losses, p.keep, p.harsh = rand.Uint64(), 3+2*p.nodes, sim.KeepNone, true
 				o := simulate(t, p)
 				t.Logf("seed %d: %+v", p.seed, o)
 				if !broken && o.violation != nil {
