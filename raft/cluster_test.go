@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -160,6 +161,10 @@ func (c *cluster) eventually(what string, ok func() bool) {
 		case <-deadline:
 			for _, n := range c.all() {
 				c.t.Logf("%s: %+v", n.cfg.Name, n.Status())
+			}
+			if file := os.Getenv("TERCET_TEST_STACKS"); file != "" {
+				buf := make([]byte, 16<<20)
+				_ = os.WriteFile(file, buf[:runtime.Stack(buf, true)], 0o600)
 			}
 			c.t.Fatalf("waited %v for: %s", testTimeout, what)
 		case <-time.After(2 * time.Millisecond):

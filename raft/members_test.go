@@ -25,6 +25,7 @@ type load struct {
 	acked    map[string]int // body → zones
 	unknown  atomic.Int64
 	progress atomic.Int64
+	paused   atomic.Bool
 }
 
 func startLoad(t *testing.T, publishers int, via func() *Node) *load {
@@ -35,7 +36,7 @@ func startLoad(t *testing.T, publishers int, via func() *Node) *load {
 		l.wg.Go(func() {
 			for i := 0; ctx.Err() == nil; i++ {
 				n := via()
-				if n == nil {
+				if n == nil || l.paused.Load() {
 					<-time.After(time.Millisecond) // the node is being restarted
 					continue
 				}
@@ -106,7 +107,7 @@ func TestDrainOfTheLeader(t *testing.T) {
 	c.inSync(3)
 	rounds := 2
 	if campaign() {
-		rounds = 20
+		rounds = 4
 	}
 	for round := range rounds {
 		lead := c.leader()

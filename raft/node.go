@@ -152,6 +152,17 @@ type logs struct {
 // Last returns the last index of the log.
 func (l *logs) Last() uint64 { return l.shard.Last() }
 
+// GetLog implements hraft.LogStore. Raft panics when it cannot read an entry that it has to apply; like a term that cannot
+// be saved, that ends raft's goroutine here, and the process in order.
+func (l *logs) GetLog(index uint64, e *hraft.Log) error {
+	err := l.Store.GetLog(index, e)
+	if err != nil && !errors.Is(err, hraft.ErrLogNotFound) && l.node.ready.Load() {
+		l.node.fatal(fmt.Errorf("reading entry %d: %w", index, err))
+		runtime.Goexit()
+	}
+	return err
+}
+
 // SetUint64 implements hraft.StableStore. When its term cannot be saved, raft panics on its main goroutine. The disk
 // that refused has stopped the node already (wal.Options.OnFatal), so the goroutine ends here instead, and the
 // process by an orderly exit that says why.
