@@ -117,7 +117,7 @@ func (w *WAL) put(h recordHeader, data, aux []byte) (location, LSN) {
 	at := b.off + b.n
 	size := h.size()
 	dst := b.buf[b.n : b.n+size]
-	h.encode(dst, b.seg.id, at)
+	h.encode(dst, place{w.stream, b.seg.id, at})
 	copy(dst[recordHeaderSize:], data)
 	copy(dst[recordHeaderSize+len(data):], aux)
 	b.n += size
@@ -160,7 +160,7 @@ func (w *WAL) putCommits(b *batch) {
 		if b.n+h.size() > b.limit {
 			return // they go with the next batch
 		}
-		h.encode(b.buf[b.n:], b.seg.id, b.off+b.n)
+		h.encode(b.buf[b.n:], place{w.stream, b.seg.id, b.off + b.n})
 		b.n += h.size()
 		b.count++
 		s.recordedCommit = staged

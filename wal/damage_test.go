@@ -56,24 +56,29 @@ func describe(w *WAL) (string, error) {
 }
 
 // makeImage writes a log of a few segments with every kind of record.
-func makeImage(t testing.TB) image {
+func makeImage(t testing.TB) image { return makeImageOf(t, 77, 0) }
+
+// makeImageOf is makeImage with a stream of its own and other terms.
+func makeImageOf(t testing.TB, stream, term uint64) image {
 	t.Helper()
 	d := sim.New(1, sim.Options{})
-	w := mustOpen(t, steppedOptions(d))
+	o := steppedOptions(d)
+	o.stream = stream
+	w := mustOpen(t, o)
 	a, b := w.Shard(0), w.Shard(5)
 	must(t, b.SetStable("vote", []byte("candidate")))
 	for i := uint64(1); i <= 60; i++ {
-		appendTo(t, a, i, 1, 300)
+		appendTo(t, a, i, term+1, 300)
 		a.StageCommit(i - 1)
 		if i%3 == 0 {
-			appendTo(t, b, i/3, 2, 40)
+			appendTo(t, b, i/3, term+2, 40)
 			must(t, w.WaitDurable(w.Written(), nil))
 		}
 		if i == 40 {
 			_, err := a.TruncateSuffix(39)
 			must(t, err)
-			appendTo(t, a, 39, 3, 10)
-			appendTo(t, a, 40, 3, 10)
+			appendTo(t, a, 39, term+3, 10)
+			appendTo(t, a, 40, term+3, 10)
 			must(t, a.TruncatePrefix(4))
 		}
 	}
@@ -351,6 +356,47 @@ func TestTruncatedAndMissingFilesAreDamage(t *testing.T) {
 	d.RemoveFile(first)
 	if out := open(t, d); out.corrupt == nil || out.corrupt.File != first {
 		t.Fatalf("a missing segment: %+v", out)
+	}
+}
+
+// TestMisplacedBlocksAreNoticedOrHarmless puts a block where another belongs: from elsewhere in the file, and from the
+// log of another node, which has segments of the same numbers.
+func TestMisplacedBlocksAreNoticedOrHarmless(t *testing.T) {
+	im := makeImage(t)
+	noticed, harmless := 0, 0
+	try := func(name string, at int64, block []byte, what string) {
+		content := im.disk.ReadFile(name)
+		if string(content[at:at+blockSize]) == string(block) {
+			return
+		}
+		copy(content[at:], block)
+		d := im.disk.Clone()
+		d.WriteFile(name, content)
+		switch out := open(t, d); {
+		case out.corrupt != nil:
+			noticed++
+		case out.state != im.state:
+			t.Fatalf("%s: %s at %d changes the content unnoticed", name, what, at)
+		default:
+			harmless++
+		}
+	}
+	other := makeImageOf(t, 78, 10).disk
+	for name, used := range im.used {
+		content, foreign := im.disk.ReadFile(name), other.ReadFile(name)
+		if foreign == nil {
+			t.Fatalf("the other log has no %s", name)
+		}
+		for at := int64(0); at < int64(len(content)); at += blockSize {
+			for from := int64(0); from < used; from += blockSize {
+				try(name, at, content[from:from+blockSize], fmt.Sprintf("the block of %d", from))
+			}
+			try(name, at, foreign[at:at+blockSize], "another log's block")
+		}
+	}
+	t.Logf("%d noticed, %d harmless", noticed, harmless)
+	if noticed == 0 || harmless == 0 {
+		t.Fatal("the test shows nothing")
 	}
 }
 

@@ -133,8 +133,8 @@ func (t recordType) String() string {
 	return fmt.Sprintf("type %d", uint8(t))
 }
 
-// recordHeader stands before each record's data and aux bytes. The header's checksum covers the segment's number and
-// the record's place in it, so that what an earlier life of the file left behind cannot be taken for a record; the
+// recordHeader stands before each record's data and aux bytes. The header's checksum covers the log, the segment's
+// number and the record's place in it, so that what an earlier life of the file left behind cannot be taken for a record; the
 // payload's checksum does not, so that it can be computed before the place is known and outside the log's lock.
 type recordHeader struct {
 	payloadSum uint32
@@ -150,14 +150,21 @@ type recordHeader struct {
 
 func (h *recordHeader) size() int64 { return recordHeaderSize + int64(h.dataLen) + int64(h.auxLen) }
 
-// placeSum is the start value of the header checksum of a record. A CRC is a bijection of its start value, and the
-// product of the low half of the number too: a header found at its old place in a recycled file never matches, unless
-// 2^32 segments lie between the two lives.
-func placeSum(segment uint64, offset int64) uint32 {
-	return uint32(segment)*0x9e3779b1 ^ uint32(segment>>32)*0x85ebca77 ^ uint32(offset)
+// place is where a record stands: the log, the segment's number, and the offset in it.
+type place struct {
+	stream, segment uint64
+	offset          int64
 }
 
-func (h *recordHeader) encode(b []byte, segment uint64, offset int64) {
+// sum is the start value of the header checksum of a record. A CRC is a bijection of its start value, and the products
+// are bijections of the halves: a header found at its old place in a recycled file never matches, unless 2^32 segments
+// lie between the two lives; one of another log does so once in 2^32.
+func (p place) sum() uint32 {
+	return uint32(p.segment)*0x9e3779b1 ^ uint32(p.segment>>32)*0x85ebca77 ^ uint32(p.offset) ^
+		uint32(p.stream)*0xc2b2ae3d ^ uint32(p.stream>>32)*0x27d4eb2f
+}
+
+func (h *recordHeader) encode(b []byte, at place) {
 	_ = b[recordHeaderSize-1]
 	le := binary.LittleEndian
 	le.PutUint32(b[4:], h.payloadSum)
@@ -170,15 +177,15 @@ func (h *recordHeader) encode(b []byte, segment uint64, offset int64) {
 	le.PutUint64(b[24:], h.index)
 	le.PutUint64(b[32:], h.term)
 	le.PutUint64(b[40:], uint64(h.appendedAt))
-	le.PutUint32(b[0:], crc32.Update(placeSum(segment, offset), castagnoli, b[4:recordHeaderSize]))
+	le.PutUint32(b[0:], crc32.Update(at.sum(), castagnoli, b[4:recordHeaderSize]))
 }
 
-func decodeRecordHeader(b []byte, segment uint64, offset int64) (h recordHeader, ok bool) {
+func decodeRecordHeader(b []byte, at place) (h recordHeader, ok bool) {
 	le := binary.LittleEndian
 	if len(b) < recordHeaderSize {
 		return h, false
 	}
-	if le.Uint32(b) != crc32.Update(placeSum(segment, offset), castagnoli, b[4:recordHeaderSize]) {
+	if le.Uint32(b) != crc32.Update(at.sum(), castagnoli, b[4:recordHeaderSize]) {
 		return h, false
 	}
 	h = recordHeader{

@@ -181,7 +181,7 @@ func mendChecksums(b []byte) {
 				shard: le.Uint16(b[at+18:]), index: le.Uint64(b[at+24:]), term: le.Uint64(b[at+32:]), appendedAt: int64(le.Uint64(b[at+40:])),
 			}
 			h.payloadSum = payloadSum(b[at+recordHeaderSize:at+size], nil)
-			h.encode(b[at:], 1, int64(at))
+			h.encode(b[at:], place{le.Uint64(b[off+8:]), 1, int64(at)})
 			at += size
 		}
 		off += (used + blockSize - 1) / blockSize * blockSize
@@ -199,4 +199,97 @@ func FuzzState(f *testing.F) {
 			}
 		}
 	})
+}
+
+// segmentBytes puts a segment together by hand: one batch with the given records.
+func segmentBytes(records ...func(h *recordHeader) []byte) []byte {
+	b := make([]byte, SegmentSizeMin)
+	n := batchHeaderSize
+	for _, r := range records {
+		var h recordHeader
+		data := r(&h)
+		h.dataLen, h.payloadSum = uint32(len(data)), payloadSum(data, nil)
+		h.encode(b[n:], place{9, 1, int64(n)})
+		n += recordHeaderSize + copy(b[n+recordHeaderSize:], data)
+	}
+	bh := batchHeader{stream: 9, segment: 1, size: SegmentSizeMin, used: uint32(n), count: uint32(len(records)), flags: flagFirst}
+	bh.encode(b)
+	return b
+}
+
+// TestEntriesInNoSegmentAreMissed: what a state record claims has to be found. Entries that were moved are.
+func TestEntriesInNoSegmentAreMissed(t *testing.T) {
+	state := func(h *recordHeader) []byte {
+		h.typ = recordState
+		st := logState{oldest: 1, shards: []shardState{{id: 4, first: 3, next: 6}}}
+		return st.append(nil)
+	}
+	moved := func(index uint64) func(h *recordHeader) []byte {
+		return func(h *recordHeader) []byte {
+			h.typ, h.shard, h.index = recordRewrite, 4, index
+			return []byte("moved")
+		}
+	}
+	for name, c := range map[string]struct {
+		records     []func(*recordHeader) []byte
+		first, last uint64
+	}{
+		"all":      {nil, 3, 5},
+		"the last": {[]func(*recordHeader) []byte{moved(3), moved(4)}, 5, 5},
+		"a middle": {[]func(*recordHeader) []byte{moved(3), moved(5)}, 4, 4},
+		"none":     {[]func(*recordHeader) []byte{moved(3), moved(5), moved(4), moved(6), moved(2)}, 0, 0},
+	} {
+		d := sim.New(1, sim.Options{})
+		d.WriteFile("/log/"+segmentName(1), segmentBytes(append([]func(*recordHeader) []byte{state}, c.records...)...))
+		out := open(t, d)
+		if c.first == 0 {
+			if out.corrupt != nil || strings.Count(out.state, hex.EncodeToString([]byte("moved"))) != 3 {
+				t.Errorf("missing %s: %+v", name, out)
+			}
+			continue
+		}
+		if out.corrupt == nil || out.corrupt.Shard != 4 || out.corrupt.First != c.first || out.corrupt.Last != c.last {
+			t.Errorf("missing %s: %v", name, out.corrupt)
+		}
+	}
+}
+
+// TestStaleRecordsNeverParse: a segment recycled for records of the same sizes, of which a torn write brought only the
+// first block to disk. What stands behind it is well-formed, and of another life.
+func TestStaleRecordsNeverParse(t *testing.T) {
+	life := func(term uint64, segments int) (*sim.Disk, string) {
+		d := sim.New(1, sim.Options{})
+		o := steppedOptions(d)
+		w := mustOpen(t, o)
+		for range segments - 1 {
+			must(t, w.Close())
+			w = mustOpen(t, o)
+		}
+		s := w.Shard(0)
+		if _, err := s.Reset(1); err != nil {
+			t.Fatal(err)
+		}
+		must(t, w.WaitDurable(w.Written(), nil))
+		for i := uint64(1); i <= 12; i++ {
+			appendTo(t, s, i, term, 955) // records of 1004 bytes: the fifth begins a block
+		}
+		must(t, w.WaitDurable(w.Written(), nil))
+		name := w.tail.seg.path
+		d = d.Crash()
+		_ = w.Close()
+		return d, name
+	}
+	old, oldName := life(1, 1)
+	d, name := life(2, 2)
+	content := d.ReadFile(name)
+	if name == oldName {
+		t.Fatal("both lives write to the same segment number")
+	}
+	// The batch begins in the third block; its first block is of this life, the others of the former one.
+	copy(content[3*blockSize:], old.ReadFile(oldName)[3*blockSize:])
+	d.WriteFile(name, content)
+	out := open(t, d)
+	if out.corrupt != nil || !out.torn || !strings.Contains(out.state, "[1 4]") || strings.Contains(out.state, "\n  4 1 ") {
+		t.Fatalf("found torn %v, %v:\n%.400s", out.torn, out.corrupt, out.state)
+	}
 }

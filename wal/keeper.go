@@ -295,7 +295,7 @@ func (k *keeper) prepareNext(background bool) error {
 	k.mu.Unlock()
 	if from == "" {
 		var err error
-		if from, err = k.fill(background); err != nil {
+		if from, err = k.fill(background, w.opts.SegmentSize); err != nil {
 			return err
 		}
 	}
@@ -332,7 +332,7 @@ func (k *keeper) fillPool() (bool, error) {
 		if !lacking {
 			return false, nil
 		}
-		temp, err := k.fill(true)
+		temp, err := k.fill(true, k.w.opts.SegmentSize+k.w.opts.Reserve)
 		if err != nil {
 			return false, err
 		}
@@ -347,9 +347,15 @@ func (k *keeper) fillPool() (bool, error) {
 }
 
 // fill makes a segment file of real, synced zeros under a temporary name and returns that. Space that is merely
-// allocated would make each later sync of the log wait for the file system's journal.
-func (k *keeper) fill(background bool) (string, error) {
+// allocated would make each later sync of the log wait for the file system's journal. With less than room bytes free it
+// does not even begin: trying would take the last space from everybody else.
+func (k *keeper) fill(background bool, room int64) (string, error) {
 	w := k.w
+	if free, err := w.fs.Free(w.opts.Dir); err != nil {
+		return "", fmt.Errorf("free space: %w", err)
+	} else if free < room {
+		return "", fmt.Errorf("create a segment with %d bytes free: %w", free, syscall.ENOSPC)
+	}
 	k.mu.Lock()
 	name := w.path(fmt.Sprintf("%s%08x", tempPrefix, k.tempSeq))
 	k.tempSeq++

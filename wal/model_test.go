@@ -313,10 +313,16 @@ func TestFullDisk(t *testing.T) {
 			w.keeper.mu.Lock()
 			full = w.keeper.full && w.keeper.waiting
 			w.keeper.mu.Unlock()
+			if free, _ := d.Free("/log"); free > 0 {
+				full = false
+			}
 		}
 	}()
 	if err := w.WaitDurable(lsn, cancel); !errors.Is(err, ErrCanceled) {
 		t.Fatalf("300 KB on a disk of 192 KB: %v", err)
+	}
+	if n := d.OpsByKind()["create"]; n != 3 {
+		t.Fatalf("%d files were begun where three have room", n)
 	}
 	d.SetCapacity(0)
 	must(t, w.WaitDurable(lsn, nil))

@@ -100,7 +100,7 @@ func (w *WAL) readEntry(shard uint16, index uint64, loc location, e *Entry) erro
 			return w.fail(err)
 		}
 	}
-	h, ok := decodeRecordHeader(raw, loc.seg.id, int64(loc.off))
+	h, ok := decodeRecordHeader(raw, place{w.stream, loc.seg.id, int64(loc.off)})
 	switch {
 	case !ok:
 		return w.damagedEntry(shard, index, loc, "the checksum of its header is wrong")

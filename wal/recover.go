@@ -487,7 +487,7 @@ func (p *replay) damaged(sc *scanner, l link, st stop, proof string) *Corruption
 	e := p.p.corrupt(l.id, st.end, "%s, and %s", st.reason, proof)
 	// A readable header names the entry at once.
 	if b, err := sc.bytes(st.end, recordHeaderSize); err == nil && st.end%blockSize != 0 {
-		if h, ok := decodeRecordHeader(b, l.id, st.end); ok && (h.typ == recordEntry || h.typ == recordRewrite) {
+		if h, ok := decodeRecordHeader(b, place{sc.stream, l.id, st.end}); ok && (h.typ == recordEntry || h.typ == recordRewrite) {
 			e.Shard, e.First, e.Last = h.shard, h.index, h.index
 			return e
 		}

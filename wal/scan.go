@@ -173,7 +173,7 @@ func (s *scanner) records(h *batchHeader, off, end int64, v visitor) (pos int64,
 		if err != nil {
 			return pos, n, "", err
 		}
-		rh, ok := decodeRecordHeader(b, s.segment, pos)
+		rh, ok := decodeRecordHeader(b, place{s.stream, s.segment, pos})
 		switch {
 		case !ok || pos+recordHeaderSize > limit:
 			return pos, n, "the checksum of a record's header is wrong", nil
