@@ -91,7 +91,8 @@ func BenchmarkProbe(b *testing.B) {
 				name := filepath.Join(dir, "probe")
 				f, err := fsys.Create(name, mode)
 				if err != nil {
-					b.Skip(err)
+					b.Log(err) // no direct I/O here: nothing to compare with
+					return
 				}
 				defer func() { _ = f.Close() }()
 				buf := disk.Aligned(1 << 20)

@@ -112,6 +112,10 @@ func (w *WAL) write(b *batch) error {
 		}
 		b.seg.file = f
 	}
+	if at := b.seg.synced.Load(); b.off != at {
+		// Invariants 1 and 2: behind what is durable, and nowhere else.
+		return fmt.Errorf("batch for %d of %s, which is written up to %d", b.off, b.seg.path, at)
+	}
 	n := disk.AlignUp(b.n)
 	clear(b.buf[b.n:n])
 	h := batchHeader{
