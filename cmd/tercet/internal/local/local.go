@@ -32,6 +32,8 @@ const (
 	restartAfterDefault = 2 * time.Second
 	// stopPatience bounds the drain of all children; what still runs then is killed, which loses nothing.
 	stopPatience = 15 * time.Second
+	// lastStopPatience bounds the drain of the last node alone.
+	lastStopPatience = 500 * time.Millisecond
 	// pollEvery is the pace of the readiness poll.
 	pollEvery = 50 * time.Millisecond
 )
@@ -73,6 +75,8 @@ type Cluster struct {
 	opts     Options
 	stopping chan struct{}
 	stopOnce sync.Once
+	// closeOnce closes stopping.
+	closeOnce sync.Once
 	// failed receives the first reason why the cluster cannot go on.
 	failed chan error
 	spawns chan spawn
@@ -353,6 +357,9 @@ func (c *Cluster) copyLog(n Node, pipe io.Reader, log io.Writer) string {
 
 // alarming tells lines that belong on the terminal.
 func alarming(line string) bool {
+	if strings.Contains(line, "tercet.raft.hraft: ") {
+		return false // elections are ordinary here; what they lead to, our own lines say
+	}
 	for _, mark := range []string{"[WARN]", "[ERROR]", `"@level":"warn"`, `"@level":"error"`} {
 		if strings.Contains(line, mark) {
 			return true
@@ -433,34 +440,48 @@ func status(ctx context.Context, client *http.Client, base string) (Status, erro
 	return s, json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&s)
 }
 
-// Stop drains and ends all processes and waits for them. It may be called more than once.
-func (c *Cluster) Stop() {
-	c.stopOnce.Do(func() {
-		close(c.stopping)
-		c.signal(syscall.SIGTERM)
-	})
-	ended := make(chan struct{})
-	go func() { c.done.Wait(); close(ended) }()
-	select {
-	case <-ended:
-	case <-time.After(stopPatience):
-		c.notice("some nodes did not stop within %s and are killed; nothing is lost by that", stopPatience)
-		c.Kill()
-		<-ended
+// Stop drains and ends the processes one after the other and waits for them. It may be called more than once.
+func (c *Cluster) Stop() { c.stopOnce.Do(c.stop) }
+
+func (c *Cluster) stop() {
+	c.closeOnce.Do(func() { close(c.stopping) })
+	tick := time.NewTicker(pollEvery / 5)
+	defer tick.Stop()
+	patience := time.After(stopPatience)
+	// One by one: a node hands over to those that are left. The last one has nobody to hand over to, and would only
+	// find that out; told twice, it goes at once.
+	for i := len(c.Nodes) - 1; i >= 0; i-- {
+		c.signal(syscall.SIGTERM, i)
+		var lastPatience <-chan time.Time
+		if i == 0 {
+			lastPatience = time.After(lastStopPatience)
+		}
+		for c.Pids()[i] != 0 {
+			select {
+			case <-tick.C:
+			case <-lastPatience:
+				c.signal(syscall.SIGTERM, i)
+			case <-patience:
+				c.notice("some nodes did not stop within %s and are killed; nothing is lost by that", stopPatience)
+				c.Kill()
+			}
+		}
 	}
+	c.done.Wait()
 }
 
-// Kill ends all processes at once.
+// Kill ends all processes at once. Stop then waits for them.
 func (c *Cluster) Kill() {
-	c.stopOnce.Do(func() { close(c.stopping) })
-	c.signal(syscall.SIGKILL)
+	c.closeOnce.Do(func() { close(c.stopping) })
+	c.signal(syscall.SIGKILL, 0, 1, 2)
 }
 
-func (c *Cluster) signal(s os.Signal) {
+// signal sends a signal to those of the nodes that run.
+func (c *Cluster) signal(s os.Signal, nodes ...int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, p := range c.mu.processes {
-		if p != nil {
+	for _, i := range nodes {
+		if p := c.mu.processes[i]; p != nil {
 			_ = p.Signal(s) // it may have ended by itself
 		}
 	}
