@@ -11,7 +11,7 @@ UNIT      = $(shell $(GO) list ./... | grep -v '/test/e2e')
 # A test that has not ended after this is stuck.
 TIMEOUT  ?= 15m
 
-.PHONY: help run build test test-all unit e2e race lint fuzz bench bench-baseline baseline deps clean
+.PHONY: help run build test test-all unit e2e race lint fuzz bench bench-baseline deps clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,10 @@ fuzz: ## every fuzz target for 10 s each (FUZZTIME=10m for longer)
 
 bench: build ## publish at full speed to three local nodes, with a disk probe of the same minute
 	bin/tercet bench publish --via leader --publishers 256 --size 1024
+
+bench-baseline: build ## the same beside the same engine on hashicorp/raft-wal and the stock transport, in turn
+	cd bench/baseline && CGO_ENABLED=0 $(GO) build -trimpath -o ../../bin/tercet-baseline .
+	bin/tercet bench publish --via leader --publishers 256 --size 1024 --baseline --baseline-binary bin/tercet-baseline
 
 clean: ## remove what the other targets made, the data of `make run` included
 	rm -rf bin dist tercet-data test/e2e/sdk/node_modules

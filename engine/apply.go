@@ -2,6 +2,7 @@ package engine
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -216,7 +217,7 @@ func (e *Engine) closeIntake(id IntakeID) {
 // can cause ends as a code in res.
 func (e *Engine) command(cmd []byte, at uint32, res *Result) error {
 	kind, r, err := openCommand(cmd)
-	if err == errMalformed {
+	if errors.Is(err, errMalformed) {
 		res.Code = errs.BadRequest
 		return nil
 	}

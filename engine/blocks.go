@@ -2,6 +2,7 @@ package engine
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"sort"
 	"sync"
@@ -330,7 +331,7 @@ func (e *Engine) byID(t *topic, id MessageID) (*block, uint32, error) {
 	}
 	if b == nil {
 		v, closer, err := e.db.Get(e.keys.key(rowByIndex, t.inc, id.Index))
-		if err == pebble.ErrNotFound {
+		if errors.Is(err, pebble.ErrNotFound) {
 			return nil, 0, nil
 		}
 		if err != nil {

@@ -247,7 +247,7 @@ func (e *Engine) raiseFloor(t *topic, old floor, dead map[uint64]bool, s *state)
 func (e *Engine) removeBlock(batch *pebble.Batch, inc, base uint64) error {
 	key := e.keys.key(rowBlock, inc, base)
 	v, closer, err := e.db.Get(key)
-	if err == pebble.ErrNotFound {
+	if errors.Is(err, pebble.ErrNotFound) {
 		return nil
 	}
 	if err != nil {

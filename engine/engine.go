@@ -96,12 +96,10 @@ type Engine struct {
 	fx       *Effects
 	pos      uint32
 	open     []*topic
-	starts   []uint32
 	heads    []recordHeadNote
 	scratch  []Delivery
 	touched  []*group
 	advance  int64
-	keyBuf   []byte
 	rowBuf   []byte
 
 	due       timers // parked groups by the time at which something becomes deliverable

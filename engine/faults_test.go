@@ -271,7 +271,7 @@ func install(e, donor *Engine, durable *atomic.Uint64) error {
 			return fmt.Errorf("installed %d, durable is %d", x.Meta.Index, got)
 		}
 		if m, err := e.Checkpoint(); err != nil || m.Index != x.Meta.Index {
-			return fmt.Errorf("checkpoint between install and reopen: %v, %v", m, err)
+			return fmt.Errorf("checkpoint between install and reopen: %v, %w", m, err)
 		}
 		return e.Reopen()
 	}()

@@ -449,7 +449,7 @@ func (mc *machine) openIntake(rt *rapid.T) {
 	r := mc.l.apply(&OpenIntake{Node: "n", Nonce: mc.nonce})
 	mc.reported(rt)
 	mc.intake, mc.heard = r[0].Intake, mc.l.now.Cluster
-	mc.number = mc.lowest + uint64(mc.nonce)
+	mc.number = mc.lowest + mc.nonce
 	mc.lowest = mc.number
 	clear(mc.results)
 }

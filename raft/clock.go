@@ -68,8 +68,3 @@ func (c *clusterClock) now() engine.Stamp {
 	c.base.Wall = max(c.base.Wall, s.Wall-c.virtualLead(lead))
 	return s
 }
-
-// until returns how long it takes until cluster time reaches the given instant, 0 when it has.
-func (c *clusterClock) until(cluster int64) time.Duration {
-	return max(0, time.Duration(cluster-c.now().Cluster)*time.Millisecond)
-}

@@ -138,25 +138,3 @@ func (m *machine) Restore(r io.ReadCloser) error {
 	m.n.applied()
 	return nil
 }
-
-// replay applies what the log holds of committed entries beyond the engine's state, before hraft starts. With
-// hraft's own replay a node without a newer snapshot starts with an empty member list (decision 1).
-func (m *machine) replay(get func(uint64, *hraft.Log) error, first, last, committed uint64) error {
-	applied, _ := m.n.eng.Applied()
-	upTo := min(committed, last)
-	if applied < upTo && (first == 0 || applied+1 < first) {
-		return &StartError{Kind: ErrDamaged, Message: fmt.Sprintf(
-			"the store is at entry %d and the log begins at %d: entries between them are missing", applied, first),
-			Remedy: replaceRemedy(m.n.cfg.Name)}
-	}
-	for i := applied + 1; i <= upTo; i++ {
-		var l hraft.Log
-		if err := get(i, &l); err != nil {
-			return fmt.Errorf("reading entry %d: %w", i, err)
-		}
-		if err := m.apply(&l); err != nil {
-			return fmt.Errorf("replaying entry %d of term %d: %w", i, l.Term, err)
-		}
-	}
-	return nil
-}

@@ -179,7 +179,7 @@ func readFile(fs disk.FS, name string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close() //nolint:errcheck // nothing was written
+	defer f.Close()
 	size, err := f.Size()
 	if err != nil {
 		return nil, err

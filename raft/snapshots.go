@@ -329,7 +329,7 @@ func (k *sink) Cancel() error {
 	}
 	k.over = true
 	_ = k.w.CloseWithError(errors.New("the transfer was given up"))
-	<-k.done
+	<-k.done //nolint:errcheck // what is given up has failed
 	return k.in.Abort()
 }
 

@@ -48,7 +48,7 @@ func defaultDiskReserve(dir string) int64 {
 	if err := unix.Statfs(dir, &s); err != nil {
 		return 0
 	}
-	return min(int64(s.Blocks)*s.Bsize/20, diskReserveMax) //nolint:unconvert // Bsize differs between systems
+	return min(int64(s.Blocks)*int64(s.Bsize)/20, diskReserveMax) //nolint:unconvert // Bsize differs between systems
 }
 
 // closeAll closes listeners that will not be used.

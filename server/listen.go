@@ -108,7 +108,7 @@ func (l *listener) Accept() (net.Conn, error) {
 		l.s.metrics.refused.connections.Inc()
 		// The answer fits the socket's buffer; a client that does not take it does not hold us up.
 		c.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
-		c.Write(tooMany)
+		_, _ = c.Write(tooMany)
 		c.Close()
 	}
 }

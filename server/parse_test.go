@@ -3,6 +3,7 @@ package server
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math/big"
@@ -103,7 +104,7 @@ func FuzzBatchFrames(f *testing.F) {
 				t.Fatalf("the stream reader: %v", err)
 			}
 		}
-		if _, _, err := r.Next(); err != io.EOF {
+		if _, _, err := r.Next(); !errors.Is(err, io.EOF) {
 			t.Fatalf("the stream reader at the end: %v", err)
 		}
 		checkBatch(t, &b)

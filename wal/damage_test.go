@@ -130,7 +130,6 @@ type outcome struct {
 	corrupt *CorruptionError
 	state   string
 	torn    bool
-	last    map[uint16]uint64
 }
 
 func open(t testing.TB, d *sim.Disk) outcome {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -130,7 +131,7 @@ func (c *Client) SendBatch(ctx context.Context, topic string, messages []Message
 	out := make([]SentMessage, 0, len(messages))
 	for frames := wire.NewReader(res.Body, limits.HeaderBytesMax); ; {
 		head, body, err := frames.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {
@@ -258,7 +259,7 @@ func (d *Deliveries) Next() (*Delivery, error) {
 		return nil, io.EOF
 	}
 	head, body, err := d.frames.Next()
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		return nil, io.EOF
 	}
 	if err != nil {
@@ -301,7 +302,7 @@ func (d *Deliveries) All() ([]*Delivery, error) {
 	var out []*Delivery
 	for {
 		m, err := d.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return out, nil
 		}
 		if err != nil {
@@ -346,7 +347,7 @@ func (c *Client) ReceiveID(ctx context.Context, topic, group, id string, o Recei
 func (c *Client) Acknowledge(ctx context.Context, topic, group, receipt string) error {
 	res, unknown, err := c.do(ctx, request{method: http.MethodDelete, path: groupPath(topic, group) + "/lease/" + url.PathEscape(receipt), repeatable: true})
 	if err != nil {
-		if e, ok := err.(*Error); ok && unknown && e.Status == http.StatusNotFound {
+		if e, ok := errors.AsType[*Error](err); ok && unknown && e.Status == http.StatusNotFound {
 			return nil
 		}
 		return err

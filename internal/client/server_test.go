@@ -117,7 +117,7 @@ func TestAgainstServer(t *testing.T) {
 
 	empty, err := c.Receive(ctx, "nothing", "g", ReceiveOptions{})
 	check(err)
-	if _, err := empty.Next(); err != io.EOF {
+	if _, err := empty.Next(); !errors.Is(err, io.EOF) {
 		t.Errorf("nothing: %v", err)
 	}
 	topics, err := c.Topics(ctx, "", 10)

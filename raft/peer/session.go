@@ -2,6 +2,7 @@ package peer
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -70,7 +71,7 @@ type Request struct {
 func (r *Request) Reply(body ...[]byte) {
 	if r.answered.CompareAndSwap(false, true) {
 		if err := r.Session.send(r.Kind, flagReply, r.Shard, r.Number, body); err != nil {
-			if _, tooLarge := err.(*FrameError); tooLarge {
+			if _, tooLarge := errors.AsType[*FrameError](err); tooLarge {
 				_ = r.Session.send(r.Kind, flagReply|flagError, r.Shard, r.Number,
 					[][]byte{encodeRemoteError(CodeFailed, err.Error())})
 			}

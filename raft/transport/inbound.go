@@ -275,7 +275,7 @@ func (a *answerer) run(ctx context.Context) {
 			continue
 		}
 		if resp.Success && !t.faults.openFollowerGate {
-			if err := t.followerGate(t.o.Log.Position(h.covers), ctx); err != nil {
+			if err := t.followerGate(ctx, t.o.Log.Position(h.covers)); err != nil {
 				// The disk will not hold it, or nobody waits: no answer, ever.
 				a.session.Close(err)
 				return
@@ -286,7 +286,7 @@ func (a *answerer) run(ctx context.Context) {
 }
 
 // followerGate waits until this node's disk holds what an answer claims.
-func (t *Transport) followerGate(at wal.LSN, ctx context.Context) error {
+func (t *Transport) followerGate(ctx context.Context, at wal.LSN) error {
 	if at == 0 {
 		return nil
 	}

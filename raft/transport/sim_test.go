@@ -66,8 +66,8 @@ type run struct {
 	lives []*life    // the present or last life of each node
 	disks []*sim.Disk
 	fast  int // whose disk is fast in a storm
-	graveyard,
-	corpses sync.WaitGroup
+	// graveyard waits for the lives that have ended.
+	graveyard sync.WaitGroup
 
 	mu    sync.Mutex
 	acked map[string]uint64 // message to index

@@ -197,7 +197,7 @@ func (s *install) fail(err error) {
 		return
 	}
 	s.mu.err = err
-	if err != io.EOF {
+	if !errors.Is(err, io.EOF) {
 		s.mu.part = nil
 	}
 	s.mu.cond.Broadcast()
@@ -303,7 +303,7 @@ func (t *Transport) beginInstall(r *peer.Request) error {
 				ctx, cancel := context.WithCancel(r.Session.Context())
 				defer cancel()
 				defer context.AfterFunc(t.ctx, cancel)()
-				if err := t.followerGate(t.o.WAL.Written(), ctx); err != nil {
+				if err := t.followerGate(ctx, t.o.WAL.Written()); err != nil {
 					r.Session.Close(err)
 					return
 				}

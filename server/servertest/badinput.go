@@ -596,7 +596,7 @@ func (c *slowClient) run(host, topic string) error {
 	}
 	var e wire.Error
 	if err := json.NewDecoder(res.Body).Decode(&e); err != nil || e.Code != "request_timeout" || e.Outcome != "none" {
-		return fmt.Errorf("408 with %+v, %v", e, err)
+		return fmt.Errorf("408 with %+v, %w", e, err)
 	}
 	return nil
 }

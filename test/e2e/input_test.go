@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -213,7 +214,7 @@ func receiveLines(t *testing.T, servers, topic, group string) (map[string][]rece
 	if werr := cmd.Wait(); werr != nil {
 		return nil, fmt.Errorf("tercet receive: %w\n%s", werr, stderr.String())
 	}
-	if err != io.EOF {
+	if !errors.Is(err, io.EOF) {
 		return nil, err
 	}
 	return got, nil

@@ -3,16 +3,12 @@
 package e2e
 
 import (
-	"errors"
 	"fmt"
 	"testing"
 	"time"
 
 	"tercet.dev/tercet/test/harness"
 )
-
-// errNotYet is the condition that has not come true.
-var errNotYet = errors.New("not yet")
 
 func TestMain(m *testing.M) { harness.Main(m) }
 

@@ -310,7 +310,7 @@ func (n *Node) Wipe() {
 // DataBytes returns how much the node's data directory occupies.
 func (n *Node) DataBytes() int64 {
 	var total int64
-	filepath.WalkDir(n.Data, func(_ string, d os.DirEntry, err error) error {
+	_ = filepath.WalkDir(n.Data, func(_ string, d os.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
 			return nil // a file that was removed meanwhile
 		}

@@ -93,7 +93,7 @@ func (p *Process) Signal(sig syscall.Signal) error {
 
 // Kill ends the process with SIGKILL and waits until it is gone.
 func (p *Process) Kill() {
-	p.cmd.Process.Kill()
+	_ = p.cmd.Process.Kill() // it may have ended by itself
 	<-p.done
 }
 

@@ -184,7 +184,7 @@ func TestSameSeedSameDisk(t *testing.T) {
 		}
 		return out
 	}
-	if run() != run() {
+	if first, second := run(), run(); first != second {
 		t.Fatal("the same seed gives different disks")
 	}
 }
