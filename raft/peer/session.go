@@ -131,13 +131,6 @@ func (s *Session) dispatch(f frame) error {
 			r.Fail(CodeUnbound, fmt.Sprintf("shard %d", f.shard))
 			return nil
 		}
-		if s.purpose == Snapshot {
-			s.busy.Store(true)
-			h.HandleRequest(r)
-			s.heard.Store(s.clock())
-			s.busy.Store(false)
-			return nil
-		}
 		h.HandleRequest(r)
 	}
 	return nil

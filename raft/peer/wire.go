@@ -44,8 +44,6 @@ type wire struct {
 	clock func() int64
 	// also is the same for the node as a whole, over all its connections; nil before the handshake.
 	also atomic.Pointer[atomic.Int64]
-	// busy is set while the reader is inside a handler that may block on purpose (a snapshot's consumer).
-	busy atomic.Bool
 	// writing is when the write in progress began, 0 when none is.
 	writing atomic.Int64
 	// silence and stall are after what time without bytes, or in one write, the connection is given up.
@@ -253,7 +251,7 @@ func (w *wire) check(now int64) {
 		w.end(errStalled)
 		return
 	}
-	if !w.busy.Load() && time.Duration(now-w.heard.Load()) > w.silence {
+	if time.Duration(now-w.heard.Load()) > w.silence {
 		w.end(errSilent)
 	}
 }

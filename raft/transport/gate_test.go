@@ -7,6 +7,8 @@ import (
 	"time"
 
 	hraft "github.com/hashicorp/raft"
+
+	"tercet.dev/tercet/raft/peer"
 )
 
 // open makes a pipeline from one member to another.
@@ -601,4 +603,115 @@ func TestCloseFreesEverything(t *testing.T) {
 	if err := leader.AppendEntries(follower.id, "", leader.request(5, 3, 6), new(hraft.AppendEntriesResponse)); !errors.Is(err, hraft.ErrTransportShutdown) {
 		t.Errorf("got %v", err)
 	}
+}
+
+// TestLargeRequestsGoInParts: raft bounds a request by count; what exceeds a frame is sent as several, and raft sees one
+// answer: success when all succeeded, else the first rejection.
+func TestLargeRequestsGoInParts(t *testing.T) {
+	large := func(m *member, prev, through uint64) *hraft.AppendEntriesRequest {
+		a := m.request(5, prev, through)
+		for _, e := range a.Entries {
+			e.Data = make([]byte, 200)
+		}
+		return a
+	}
+	t.Run("pipeline", func(t *testing.T) {
+		ms := members(t, 2)
+		leader, follower := ms[0], ms[1]
+		leader.frameLimit = 600
+		leader.disk.sync(9)
+		p := leader.open(t, follower)
+		push(t, p, large(leader, 0, 5))
+		push(t, p, large(leader, 5, 6))
+		parts := 0
+		for last := uint64(0); last < 6; parts++ {
+			a := follower.accept(t)
+			if a.PrevLogEntry != last {
+				t.Errorf("part %d follows %d, want %d", parts, a.PrevLogEntry, last)
+			}
+			last = covers(a)
+			follower.disk.sync(last)
+			if last < 5 {
+				none(t, p.Consumer(), "an answer to a part")
+			}
+		}
+		if parts < 4 {
+			t.Errorf("sent in %d parts", parts)
+		}
+		for _, want := range []uint64{5, 6} {
+			if f := receive(t, p.Consumer()); covers(f.Request()) != want || !f.Response().Success {
+				t.Errorf("answer to %d: %+v", covers(f.Request()), f.Response())
+			}
+		}
+	})
+	t.Run("rejected in the middle", func(t *testing.T) {
+		ms := members(t, 2)
+		leader, follower := ms[0], ms[1]
+		leader.frameLimit = 600
+		leader.disk.sync(9)
+		follower.disk.sync(9)
+		p := leader.open(t, follower)
+		push(t, p, large(leader, 0, 5))
+		follower.accept(t)
+		rpc, _ := follower.take(t)
+		rpc.Respond(&hraft.AppendEntriesResponse{Term: 5, LastLog: 1}, nil)
+		if f := receive(t, p.Consumer()); f.Response().Success || covers(f.Request()) != 5 {
+			t.Errorf("answer to %d: %+v", covers(f.Request()), f.Response())
+		}
+	})
+	t.Run("unary", func(t *testing.T) {
+		ms := members(t, 2)
+		leader, follower := ms[0], ms[1]
+		leader.frameLimit = 600
+		leader.disk.sync(9)
+		follower.disk.sync(9)
+		done := make(chan error, 1)
+		var resp hraft.AppendEntriesResponse
+		go func() { done <- leader.AppendEntries(follower.id, "", large(leader, 0, 5), &resp) }()
+		for last := uint64(0); last < 5; {
+			none(t, done, "answered in the middle")
+			last = covers(follower.accept(t))
+		}
+		if err := receive(t, done); err != nil || !resp.Success {
+			t.Errorf("%+v, %v", resp, err)
+		}
+		if m := leader.marks.Match(follower.id); m != 5 {
+			t.Errorf("watermark %d", m)
+		}
+	})
+}
+
+// TestStalledLeaderRepeatsNothing: a connection that comes back while the disk is stalled is not used for appends.
+func TestStalledLeaderRepeatsNothing(t *testing.T) {
+	ms := members(t, 2)
+	leader, follower := ms[0], ms[1]
+	leader.disk.sync(9)
+	follower.disk.sync(9)
+	p := leader.open(t, follower)
+	push(t, p, leader.request(5, 0, 1))
+	follower.take(t) // never answered
+	leader.disk.stall(leader.o.StallMax + 1)
+	leader.net.set(true)
+	leader.net.set(false)
+	link, err := leader.mesh.Link(peer.ID(follower.id), peer.Data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := link.Conn(patient(t)); err != nil {
+		t.Fatal(err)
+	}
+	// The pipeline has had the time to send: its own look at the connection came before these requests'.
+	for range 20 {
+		go func() {
+			rpc := <-leader.Consumer()
+			rpc.Respond(&hraft.RequestPreVoteResponse{Term: 6}, nil)
+		}()
+		if err := follower.RequestPreVote(leader.id, "", &hraft.RequestPreVoteRequest{RPCHeader: follower.header(), Term: 6}, new(hraft.RequestPreVoteResponse)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	none(t, follower.Consumer(), "a stalled leader sent an append")
+	leader.disk.stall(0)
+	follower.accept(t)
+	receive(t, p.Consumer())
 }
