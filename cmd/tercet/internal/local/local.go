@@ -345,7 +345,7 @@ func (c *Cluster) copyLog(n Node, pipe io.Reader, log io.Writer) string {
 			if strings.HasPrefix(text, "tercet: ") || last == "" || !strings.HasPrefix(last, "tercet: ") {
 				last = text
 			}
-			if alarming(text) && c.opts.Notice != nil {
+			if c.alarming(text) && c.opts.Notice != nil {
 				c.opts.Notice("[" + n.ID + "] " + text)
 			}
 		}
@@ -355,17 +355,27 @@ func (c *Cluster) copyLog(n Node, pipe io.Reader, log io.Writer) string {
 	}
 }
 
-// alarming tells lines that belong on the terminal.
-func alarming(line string) bool {
-	if strings.Contains(line, "tercet.raft.hraft: ") {
-		return false // elections are ordinary here; what they lead to, our own lines say
+// alarming tells lines that belong on the terminal: crashes, and warnings that are none of the ordinary course of things.
+// While nodes come and go together they miss each other, and elections are what a killed node is followed by; the log
+// files have it all.
+func (c *Cluster) alarming(line string) bool {
+	if strings.HasPrefix(line, "panic:") || strings.HasPrefix(line, "fatal error:") {
+		return true
+	}
+	select {
+	case <-c.stopping:
+		return false
+	default:
+	}
+	if !c.formed.Load() || strings.Contains(line, "tercet.raft.hraft: ") {
+		return false
 	}
 	for _, mark := range []string{"[WARN]", "[ERROR]", `"@level":"warn"`, `"@level":"error"`} {
 		if strings.Contains(line, mark) {
 			return true
 		}
 	}
-	return strings.HasPrefix(line, "panic:") || strings.HasPrefix(line, "fatal error:")
+	return false
 }
 
 func (c *Cluster) notice(format string, args ...any) {
