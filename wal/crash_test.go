@@ -12,18 +12,27 @@ import (
 	"tercet.dev/tercet/wal/disk/sim"
 )
 
-// campaign is the environment variable that sizes the long tests: the number of crash points.
-const campaign = "TERCET_CAMPAIGN"
+// fullCount is how many crash points the full run tries.
+const fullCount = 10_000
 
-// points returns how many crash points to try: a small sample, or what the campaign asks for.
+// campaign reports whether the full counts are asked for, as `make test-all` does.
+func campaign() bool {
+	return os.Getenv("TERCET_CAMPAIGN") != "" || os.Getenv("TERCET_TEST_ALL") == "1"
+}
+
+// points returns how many crash points to try: a small sample, the full count in a campaign, or as many as
+// TERCET_CAMPAIGN says if that is more than 1.
 func points(t testing.TB, sample int) int {
-	v := os.Getenv(campaign)
-	if v == "" {
+	if !campaign() {
 		return sample
+	}
+	v := os.Getenv("TERCET_CAMPAIGN")
+	if v == "" || v == "1" {
+		return fullCount
 	}
 	n, err := strconv.Atoi(v)
 	if err != nil || n <= 0 {
-		t.Fatalf("%s=%q is not a positive number", campaign, v)
+		t.Fatalf("TERCET_CAMPAIGN=%q is not a positive number", v)
 	}
 	return n
 }

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"os"
 	"sort"
 	"strings"
 	"syscall"
@@ -169,7 +168,7 @@ func sample(n, most int64) []int64 {
 func TestEveryFlippedBitIsNoticedOrHarmless(t *testing.T) {
 	im := makeImage(t)
 	noticed, harmless := 0, 0
-	whole := os.Getenv(campaign) != ""
+	whole := campaign()
 	for _, name := range im.disk.Names() {
 		bits := int64(len(im.disk.ReadFile(name))) * 8
 		most := int64(300)
@@ -229,7 +228,7 @@ func TestIdleTailIsNeverCut(t *testing.T) {
 		t.Fatalf("the tail has another shape: %d, %d, %d", from, marker, end)
 	}
 	for bit := from * 8; bit < end*8; bit++ {
-		if bit%53 != 0 && os.Getenv(campaign) == "" {
+		if bit%53 != 0 && !campaign() {
 			continue
 		}
 		c := d.Clone()

@@ -33,8 +33,11 @@ const (
 type keeper struct {
 	w *WAL
 
-	// work is held while a segment is prepared, by the keeper or by a committer that cannot wait for it.
+	// work is held for each step of preparing segments, by the keeper or by a committer that cannot wait for it.
 	work sync.Mutex
+	// filling is the new segment being filled, nil when there is none. Guarded by work.
+	filling *filling
+	zeros   []byte // what is written; only as long as something is being filled
 
 	mu   sync.Mutex
 	cond *sync.Cond // signalled when next was prepared, and when the log fails or stops
@@ -53,6 +56,13 @@ type keeper struct {
 	kick chan struct{}
 	// started is set before the goroutine starts; without it, whoever needs something does it himself.
 	started bool
+}
+
+// filling is a segment file on its way into the pool.
+type filling struct {
+	file disk.File
+	name string
+	off  int64
 }
 
 func (k *keeper) init(w *WAL) {
@@ -145,7 +155,9 @@ func (k *keeper) take(seg *segment) (disk.File, error) {
 			continue
 		}
 		k.mu.Unlock()
-		err := k.prepareNext(false)
+		k.work.Lock()
+		_, err := k.advance()
+		k.work.Unlock()
 		k.mu.Lock()
 		if err != nil {
 			return nil, err
@@ -199,110 +211,154 @@ func (k *keeper) run() {
 // pass does all there is to do. It reports whether something has to be tried again later. Errors other than a full
 // disk poison the log.
 func (k *keeper) pass() (again bool) {
-	steps := []func() (bool, error){
-		k.recycle,
-		k.fillPool,
-		k.rewrite,
-	}
-	for _, step := range steps {
-		if k.w.Err() != nil {
-			return false
+	w := k.w
+	for w.Err() == nil {
+		k.work.Lock()
+		syncs := w.syncs.Load()
+		more, err := k.advance()
+		k.work.Unlock()
+		if rerr := k.rewrite(); err == nil {
+			err = rerr
 		}
-		later, err := step()
-		again = again || later
+		k.mu.Lock()
+		full := errors.Is(err, syscall.ENOSPC)
+		if full && !k.full {
+			w.log.Warn("disk full: no segment prepared", "dir", w.opts.Dir)
+		}
+		k.full = full
+		hurry := k.waiting
+		again = full || len(k.freed) > 0
+		k.mu.Unlock()
 		switch {
-		case errors.Is(err, syscall.ENOSPC):
-			k.mu.Lock()
-			if !k.full {
-				k.full = true
-				k.w.log.Warn("disk full: no segment prepared", "dir", k.w.opts.Dir)
-			}
-			k.mu.Unlock()
-			again = true
-		case err != nil && !errors.Is(err, errStopped):
-			_ = k.w.fail(err)
+		case full:
+			return true
+		case err != nil:
+			_ = w.fail(err)
 			return false
+		case !more:
+			return again
+		case !k.started:
+			continue
+		case !k.running():
+			return false
+		case hurry || w.syncs.Load() == syncs:
+			continue
+		}
+		select {
+		case <-time.After(fillPause):
+		case <-k.kick:
+		case <-w.stop:
 		}
 	}
-	return again
+	return false
 }
 
-// errStopped ends background work because the log closes.
-var errStopped = errors.New("stopped")
+// advance does one step of preparing segments: freed ones are recycled, the next one is prepared from the pool, and
+// if the pool lacks some, a piece of a new one is filled. It reports whether there is more to fill. Called with work.
+func (k *keeper) advance() (more bool, err error) {
+	if err := k.recycle(); err != nil {
+		return false, err
+	}
+	if err := k.prepare(); err != nil {
+		return false, err
+	}
+	k.mu.Lock()
+	ready := k.nextID == k.wanted
+	lacking := len(k.pool) < k.w.opts.Prefill
+	k.mu.Unlock()
+	if ready && !lacking && k.filling == nil {
+		return false, nil
+	}
+	if k.filling == nil {
+		room := k.w.opts.SegmentSize
+		if ready {
+			room += k.w.opts.Reserve
+		}
+		if err := k.beginFilling(room); err != nil {
+			return false, err
+		}
+	}
+	if err := k.fill(); err != nil {
+		return false, err
+	}
+	return true, k.prepare()
+}
 
 // recycle gives freed segments that nobody reads a name in the pool, or deletes them if there are enough. Nothing
 // needs to be synced here: a freed segment that a power loss brings back is known to be unneeded by the state record
 // that freed it, and one that is reused is renamed again and synced before it is written.
-func (k *keeper) recycle() (again bool, err error) {
+func (k *keeper) recycle() error {
 	k.mu.Lock()
 	freed := k.freed
 	k.freed = nil
 	k.mu.Unlock()
-	var pinned []*segment
+	var left []*segment
 	defer func() {
 		k.mu.Lock()
-		k.freed = append(k.freed, pinned...)
+		k.freed = append(k.freed, left...)
 		k.mu.Unlock()
 	}()
 	for i, seg := range freed {
 		if seg.file != nil {
 			if !seg.refs.CompareAndSwap(1, 0) {
-				pinned = append(pinned, seg)
+				left = append(left, seg) // somebody reads it
 				continue
 			}
 			_ = seg.file.Close()
+			seg.file = nil
 		}
 		k.mu.Lock()
 		keep := len(k.pool) < k.w.opts.Prefill+poolSpare && (seg.size == 0 || seg.size == k.w.opts.SegmentSize)
-		name := k.w.path(poolName(k.poolSeq))
-		k.poolSeq++
 		k.mu.Unlock()
 		if !keep {
 			if err := k.w.fs.Remove(seg.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				pinned = append(pinned, freed[i+1:]...)
-				return false, fmt.Errorf("remove %s: %w", seg.path, err)
+				left = append(left, freed[i+1:]...)
+				return fmt.Errorf("remove %s: %w", seg.path, err)
 			}
 			continue
 		}
-		if err := k.w.fs.Rename(seg.path, name); err != nil {
-			pinned = append(pinned, freed[i+1:]...)
-			return false, fmt.Errorf("recycle %s: %w", seg.path, err)
-		}
-		k.mu.Lock()
-		k.pool = append(k.pool, name)
-		k.mu.Unlock()
-	}
-	return len(pinned) > 0, nil
-}
-
-// prepareNext makes the file of the wanted segment, unless that stands ready: from the pool, or a new one. Its name is
-// durable before anything is written to it. In the background it gives up when the log closes.
-func (k *keeper) prepareNext(background bool) error {
-	w := k.w
-	k.work.Lock()
-	defer k.work.Unlock()
-	k.mu.Lock()
-	id := k.wanted
-	if k.nextID == id {
-		k.mu.Unlock()
-		return nil
-	}
-	var from string
-	if n := len(k.pool); n > 0 {
-		from = k.pool[n-1]
-		k.pool = k.pool[:n-1]
-	}
-	k.mu.Unlock()
-	if from == "" {
-		var err error
-		if from, err = k.fill(background, w.opts.SegmentSize); err != nil {
+		if err := k.pooled(seg.path); err != nil {
+			left = append(left, freed[i+1:]...)
 			return err
 		}
 	}
+	return nil
+}
+
+// pooled gives a file a name in the pool.
+func (k *keeper) pooled(path string) error {
+	k.mu.Lock()
+	name := k.w.path(poolName(k.poolSeq))
+	k.poolSeq++
+	k.mu.Unlock()
+	if err := k.w.fs.Rename(path, name); err != nil {
+		return fmt.Errorf("take %s into the pool: %w", path, err)
+	}
+	k.mu.Lock()
+	k.pool = append(k.pool, name)
+	k.mu.Unlock()
+	return nil
+}
+
+// prepare makes the file of the wanted segment from the pool, unless it stands ready or the pool is empty. Its name is
+// durable before anything is written to it. Called with work.
+func (k *keeper) prepare() error {
+	w := k.w
+	k.mu.Lock()
+	id, n := k.wanted, len(k.pool)
+	if k.nextID == id || n == 0 {
+		k.mu.Unlock()
+		return nil
+	}
+	from := k.pool[n-1]
+	k.mu.Unlock()
 	to := w.path(segmentName(id))
 	if err := w.fs.Rename(from, to); err != nil {
 		return fmt.Errorf("name segment %d: %w", id, err)
 	}
+	k.mu.Lock()
+	k.pool = k.pool[:n-1]
+	k.mu.Unlock()
 	if err := w.fs.SyncDir(w.opts.Dir); err != nil {
 		return fmt.Errorf("sync %s: %w", w.opts.Dir, err)
 	}
@@ -311,112 +367,72 @@ func (k *keeper) prepareNext(background bool) error {
 		return fmt.Errorf("open segment %d: %w", id, err)
 	}
 	k.mu.Lock()
-	k.next, k.nextID, k.full = f, id, false
+	k.next, k.nextID = f, id
 	k.cond.Broadcast()
 	k.mu.Unlock()
 	return nil
 }
 
-// fillPool makes sure that the next segment is prepared, and that the pool holds as many as asked for.
-func (k *keeper) fillPool() (bool, error) {
-	for {
-		// The committer may have taken the prepared segment while the last one was being filled.
-		if err := k.prepareNext(true); err != nil {
-			return false, err
-		}
-		k.mu.Lock()
-		lacking := len(k.pool) < k.w.opts.Prefill
-		name := k.w.path(poolName(k.poolSeq))
-		k.poolSeq++
-		k.mu.Unlock()
-		if !lacking {
-			return false, nil
-		}
-		temp, err := k.fill(true, k.w.opts.SegmentSize+k.w.opts.Reserve)
-		if err != nil {
-			return false, err
-		}
-		if err := k.w.fs.Rename(temp, name); err != nil {
-			return false, fmt.Errorf("name a pool segment: %w", err)
-		}
-		k.mu.Lock()
-		k.pool = append(k.pool, name)
-		k.full = false
-		k.mu.Unlock()
-	}
-}
-
-// fill makes a segment file of real, synced zeros under a temporary name and returns that. Space that is merely
-// allocated would make each later sync of the log wait for the file system's journal. With less than room bytes free it
-// does not even begin: trying would take the last space from everybody else.
-func (k *keeper) fill(background bool, room int64) (string, error) {
+// beginFilling begins a segment file under a temporary name. With less than room bytes free it does not: trying would
+// take the last space from everybody else.
+func (k *keeper) beginFilling(room int64) error {
 	w := k.w
 	if free, err := w.fs.Free(w.opts.Dir); err != nil {
-		return "", fmt.Errorf("free space: %w", err)
+		return fmt.Errorf("free space: %w", err)
 	} else if free < room {
-		return "", fmt.Errorf("create a segment with %d bytes free: %w", free, syscall.ENOSPC)
+		return fmt.Errorf("begin a segment with %d bytes free: %w", free, syscall.ENOSPC)
 	}
-	k.mu.Lock()
 	name := w.path(fmt.Sprintf("%s%08x", tempPrefix, k.tempSeq))
 	k.tempSeq++
-	k.mu.Unlock()
 	f, err := w.fs.Create(name, disk.Buffered)
 	if err != nil {
-		return "", fmt.Errorf("create a segment: %w", err)
+		return fmt.Errorf("begin a segment: %w", err)
 	}
-	if err := k.fillFile(f, background); err != nil {
-		_ = f.Close()
-		if rerr := w.fs.Remove(name); rerr != nil && !errors.Is(err, errStopped) {
-			return "", fmt.Errorf("fill a segment: %w", errors.Join(err, rerr))
-		}
-		return "", fmt.Errorf("fill a segment: %w", err)
-	}
-	if err := f.Close(); err != nil {
-		return "", fmt.Errorf("close a filled segment: %w", err)
-	}
-	return name, nil
+	k.filling = &filling{file: f, name: name}
+	return nil
 }
 
-func (k *keeper) fillFile(f disk.File, background bool) error {
-	w := k.w
-	zeros := disk.Aligned(int(min(fillChunk, w.opts.SegmentSize)))
-	syncs := w.syncs.Load()
-	for off := int64(0); off < w.opts.SegmentSize; {
-		n := min(int64(len(zeros)), w.opts.SegmentSize-off)
-		if _, err := f.WriteAt(zeros[:n], off); err != nil {
-			return err
-		}
-		off += n
-		if off%fillSync == 0 || off == w.opts.SegmentSize {
-			if err := f.Sync(); err != nil {
-				return err
-			}
-		}
-		if !background || !k.started {
-			continue
-		}
-		if !k.running() {
-			return errStopped
-		}
-		k.mu.Lock()
-		hurry := k.waiting
-		k.mu.Unlock()
-		if now := w.syncs.Load(); now != syncs && !hurry {
-			syncs = now
-			select {
-			case <-time.After(fillPause):
-			case <-w.stop:
-				return errStopped
-			}
-		}
+// fill writes a piece of the segment being filled, and with the last one takes it into the pool. The zeros are real and
+// synced: space that is merely allocated would make each later sync of the log wait for the file system's journal.
+func (k *keeper) fill() error {
+	size := k.w.opts.SegmentSize
+	f := k.filling
+	n := min(fillChunk, size-f.off)
+	if k.zeros == nil {
+		k.zeros = disk.Aligned(int(n))
 	}
-	return nil
+	_, err := f.file.WriteAt(k.zeros[:n], f.off)
+	f.off += n
+	if err == nil && (f.off%fillSync == 0 || f.off == size) {
+		err = f.file.Sync()
+	}
+	if err != nil {
+		k.dropFilling()
+		return fmt.Errorf("fill a segment: %w", err)
+	}
+	if f.off < size {
+		return nil
+	}
+	k.filling, k.zeros = nil, nil
+	if err := f.file.Close(); err != nil {
+		return fmt.Errorf("close a filled segment: %w", err)
+	}
+	return k.pooled(f.name)
+}
+
+// dropFilling gives up on the segment being filled. What cannot be removed is removed at the next start.
+func (k *keeper) dropFilling() {
+	if f := k.filling; f != nil {
+		k.filling, k.zeros = nil, nil
+		_ = f.file.Close()
+		_ = k.w.fs.Remove(f.name)
+	}
 }
 
 // rewrite moves the entries that are left in the oldest segment to the tail, when they are few and the log has
 // become long: a shard on which nothing happens must not keep all segments since then. The old copies stay valid
 // until the new ones are durable.
-func (k *keeper) rewrite() (bool, error) {
+func (k *keeper) rewrite() error {
 	w := k.w
 	type item struct {
 		shard *Shard
@@ -428,13 +444,13 @@ func (k *keeper) rewrite() (bool, error) {
 	// Entries on their way would be found again. They are not waited for: the committer may need the keeper first.
 	if len(w.segs) < rewriteAfter || w.moving > 0 || w.usable() != nil {
 		w.mu.Unlock()
-		return false, nil
+		return nil
 	}
 	front := w.segs[0]
 	// Once a batch of the segment after it is durable, all of it is.
 	if front.live == 0 || front.liveBytes > w.opts.SegmentSize/rewriteShare || w.segs[1].synced.Load() == 0 {
 		w.mu.Unlock()
-		return false, nil
+		return nil
 	}
 	for _, s := range w.order {
 		for i := range s.locs.len() {
@@ -451,7 +467,7 @@ func (k *keeper) rewrite() (bool, error) {
 		case errors.Is(err, ErrNotFound):
 			continue // truncated meanwhile
 		case err != nil:
-			return false, err
+			return err
 		}
 		h := recordHeader{
 			payloadSum: payloadSum(e.Data, e.Extensions), dataLen: uint32(len(e.Data)), auxLen: uint32(len(e.Extensions)),
@@ -461,7 +477,7 @@ func (k *keeper) rewrite() (bool, error) {
 		w.mu.Lock()
 		if err := w.usable(); err != nil {
 			w.mu.Unlock()
-			return false, nil //nolint:nilerr // closing or poisoned: there is nothing left to do
+			return nil //nolint:nilerr // closing or poisoned: there is nothing left to do
 		}
 		s := it.shard
 		if it.index >= s.first && it.index < s.next && *s.locs.at(int(it.index - s.first)) == it.loc {
@@ -473,11 +489,14 @@ func (k *keeper) rewrite() (bool, error) {
 		w.mu.Unlock()
 	}
 	w.signal()
-	return false, nil
+	return nil
 }
 
-// close closes the prepared segment. The keeper has stopped.
+// close closes the prepared segment and drops a half-filled one. The keeper has stopped.
 func (k *keeper) close() {
+	k.work.Lock()
+	k.dropFilling()
+	k.work.Unlock()
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.next != nil {

@@ -128,9 +128,9 @@ func (v *statesOnly) record(r *scanned) error {
 
 // head reads the head of a segment. It returns nil without an error when the segment does not begin with a valid
 // header and state record.
-func (sc *scanner) head() (*batchHeader, *logState, error) {
+func (s *scanner) head() (*batchHeader, *logState, error) {
 	var v headOnly
-	st, err := sc.scan(-1, &v)
+	st, err := s.scan(-1, &v)
 	if err != nil && !errors.Is(err, errStop) {
 		return nil, nil, err
 	}
