@@ -531,17 +531,17 @@ func (v *firstEntries) record(r *scanned) error {
 }
 
 // from visits what can be read of the batches from an offset on, for a better error message.
-func (sc *scanner) from(off int64, v visitor) {
+func (s *scanner) from(off int64, v visitor) {
 	for {
-		b, err := sc.bytes(off, batchHeaderSize)
+		b, err := s.bytes(off, batchHeaderSize)
 		if err != nil {
 			return
 		}
-		h, ok, err := decodeBatchHeader(b, sc.stream, sc.segment, off)
-		if err != nil || !ok || off+int64(h.used) > sc.size {
+		h, ok, err := decodeBatchHeader(b, s.stream, s.segment, off)
+		if err != nil || !ok || off+int64(h.used) > s.size {
 			return
 		}
-		if _, _, reason, err := sc.records(&h, off, -1, v); err != nil || reason != "" {
+		if _, _, reason, err := s.records(&h, off, -1, v); err != nil || reason != "" {
 			return
 		}
 		off += disk.AlignUp(int64(h.used))

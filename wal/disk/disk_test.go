@@ -31,7 +31,7 @@ func TestContract(t *testing.T) {
 		"sim":   {sim.New(1, sim.Options{}), "/d"},
 	}
 	if st, err := os.Stat("/dev/shm"); err == nil && st.IsDir() {
-		dir, err := os.MkdirTemp("/dev/shm", "disk-test") //nolint:usetesting // this one has to be in memory
+		dir, err := os.MkdirTemp("/dev/shm", "disk-test")
 		must(t, err)
 		defer func() { _ = os.RemoveAll(dir) }()
 		targets["memory"] = target{disk.OS(), dir}
