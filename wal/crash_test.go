@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -212,6 +213,12 @@ func (l *life) options() Options {
 
 // round opens the log with a crash ahead, checks it, and works until the crash. The error is a violation.
 func (l *life) round(ahead int) error {
+	highest := uint64(0)
+	for _, name := range l.disk.Names() {
+		if id, ok := parseName(filepath.Base(name), "", segmentSuffix); ok {
+			highest = max(highest, id)
+		}
+	}
 	l.disk.CrashAt(1 + l.rng.IntN(ahead))
 	w, err := Open(l.options())
 	if err != nil {
@@ -223,6 +230,9 @@ func (l *life) round(ahead int) error {
 		return nil
 	}
 	l.log = w
+	if id := w.tail.seg.id; id <= highest {
+		return fmt.Errorf("this life writes to segment %d, though %d was there before", id, highest)
+	}
 	if err := l.check(); err != nil {
 		if l.disk.Crashed() { // while the check was reading: nothing is known anew
 			_ = w.Close()
