@@ -9,9 +9,11 @@ import (
 
 // clusterClock estimates the two clocks an entry is stamped with (R9).
 //
-// Cluster time is the highest of: each stamp this node has seen applied, plus the monotonic time since it saw
-// it. So it advances on every node between entries, a new leader goes on where the old one was give or take
-// the time an entry travels, and it stands still only while no node runs. Wall time is this machine's, but
+// Cluster time is the highest of: each stamp of the present term that this node has seen applied, plus the
+// monotonic time since it saw it. So it advances on every node between entries, a new leader goes on where the old
+// one was give or take the time an entry travels, and it stands still only while no node runs. A new term's first
+// stamp replaces what was estimated before, downwards too: a node that has run longer than its leader would
+// otherwise be ahead of cluster time, and leases would end early when it leads. Wall time is this machine's, but
 // never lower than a stamp already used; with a virtual clock it also keeps whatever lead the last stamp had.
 //
 // The wall clock is read nowhere else in the decision path: a step of it moves dates, and nothing that decides.
@@ -25,13 +27,29 @@ type clusterClock struct {
 	mu   sync.Mutex
 	base engine.Stamp
 	at   time.Time
+	// term is that of the entry observed last.
+	term uint64
 }
 
 func newClusterClock(mono, wall func() time.Time, virtual bool, recovered engine.Stamp) *clusterClock {
 	return &clusterClock{mono: mono, wall: wall, virtual: virtual, base: recovered, at: mono()}
 }
 
-// observe takes note of a stamp that was applied.
+// follow takes note of a stamp that was applied in an entry of the given term.
+func (c *clusterClock) follow(term uint64, s engine.Stamp) {
+	c.mu.Lock()
+	if term != c.term {
+		c.term = term
+		c.base.Cluster, c.at = s.Cluster, c.mono()
+		if c.virtual {
+			c.base.Wall = s.Wall
+		}
+	}
+	c.mu.Unlock()
+	c.observe(s)
+}
+
+// observe takes note of a stamp that was applied in the present term.
 func (c *clusterClock) observe(s engine.Stamp) {
 	now := c.mono()
 	c.mu.Lock()

@@ -132,3 +132,19 @@ func TestClusterClockNeverFalls(t *testing.T) {
 		}
 	}
 }
+
+func TestClusterClockOfALongerLivedFollowerIsNotAhead(t *testing.T) {
+	tc := newTestClock()
+	c := newClusterClock(tc.monoNow, tc.wallNow, false, engine.Stamp{Cluster: 1_000})
+	tc.pass(5 * time.Second) // this node runs alone before its leader does
+	c.follow(7, engine.Stamp{Cluster: 1_200})
+	tc.pass(2 * time.Second)
+	if got := c.now().Cluster; got != 3_200 {
+		t.Fatalf("cluster time two seconds after the leader's stamp of 1200: %d, want 3200", got)
+	}
+	// Within a term the higher of the two counts, so that no entry's travelling time is lost.
+	c.follow(7, engine.Stamp{Cluster: 3_100})
+	if got := c.now().Cluster; got != 3_200 {
+		t.Fatalf("cluster time after a stamp that travelled 100 ms: %d, want 3200", got)
+	}
+}

@@ -72,7 +72,7 @@ func (m *machine) apply(l *hraft.Log) error {
 			return err
 		}
 		m.results = results
-		m.n.clock.observe(eng.Stamp())
+		m.n.clock.follow(l.Term, eng.Stamp())
 		m.n.noteEffects(&m.fx)
 		if b != nil {
 			if len(results) != len(b.ops) {
