@@ -263,12 +263,12 @@ func newRoundTrip(addr string, w Workload) (*roundTrip, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, err := d.Consumer(0)
+	c, err := d.Consumer(0, nil)
 	return &roundTrip{publisher: p, consumer: c, receive: NewHistogram()}, err
 }
 
 func (t *roundTrip) round(ctx context.Context) error {
-	if _, err := t.publisher.Publish(ctx); err != nil {
+	if _, err := t.publisher.Publish(ctx, time.Now()); err != nil {
 		return err
 	}
 	began := time.Now()
@@ -353,8 +353,8 @@ func Expiry(ctx context.Context, s *Subject, w Workload, wait time.Duration, pro
 	if err := errors.Join(err, watched); err != nil {
 		return nil, err
 	}
-	r.Payload = filled.Messages * int64(w.Size)
-	r.FilledIn, r.BytesPerSecond = filled.Elapsed, filled.MessagesPerSecond()*float64(w.Size)
+	r.Payload = filled.Bytes
+	r.FilledIn, r.BytesPerSecond = filled.Elapsed, perSecond(filled.Bytes, filled.Elapsed)
 	if err := sizes(r.Filled); err != nil {
 		return nil, err
 	}

@@ -137,10 +137,10 @@ func TestConnIsInterrupted(t *testing.T) {
 		}
 		cancel()
 	}()
-	p := &httpPublisher{conn: newConn([]string{l.Addr().String()}, 0, time.Hour), d: &HTTPDriver{Workload: Workload{Batch: 1}}}
-	p.d.pool = []request{{head: []byte(anyRequest)}}
+	rs := &requests{pool: []request{{head: []byte(anyRequest)}}}
+	p := &httpPublisher{conn: newConn([]string{l.Addr().String()}, 0, time.Hour), feed: rs.feed(0)}
 	defer p.Close()
-	_, err = p.Publish(ctx)
+	_, err = p.Publish(ctx, time.Now())
 	<-arrived
 	defer server.Close()
 	if errs.CodeOf(err) != errs.OutcomeUnknown {

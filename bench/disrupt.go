@@ -278,7 +278,7 @@ func account(ctx context.Context, s *Subject, w Workload, ledger *Ledger) error 
 	var mu sync.Mutex
 	var bad error
 	driver := &HTTPDriver{Addrs: s.httpAddrs(), Workload: w}
-	driver.Found = func(body []byte) {
+	found := func(_ int, body []byte) {
 		stamp, err := parseStamp(body)
 		if err != nil {
 			mu.Lock()
@@ -292,7 +292,7 @@ func account(ctx context.Context, s *Subject, w Workload, ledger *Ledger) error 
 		return err
 	}
 	last, lastAt := int64(-1), time.Now()
-	_, err := Run(ctx, w, driver, Hooks{Progress: func(_, acknowledged int64) {
+	_, err := Run(ctx, w, driver, Hooks{Received: found, Progress: func(_, acknowledged int64) {
 		if acknowledged != last {
 			last, lastAt = acknowledged, time.Now()
 		}

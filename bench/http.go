@@ -27,14 +27,9 @@ type HTTPDriver struct {
 	Timeout time.Duration
 	// Token is sent as a bearer token if not empty.
 	Token string
-	// Found is called for each message a consumer receives, if set.
-	Found func(body []byte)
 
-	pool []request
+	requests *requests
 }
-
-// request is a prepared publish.
-type request struct{ head, body []byte }
 
 // Prepare makes the requests that publishers send. It is called once, before the driver is used.
 func (d *HTTPDriver) Prepare() error {
@@ -44,38 +39,28 @@ func (d *HTTPDriver) Prepare() error {
 	if d.Timeout == 0 {
 		d.Timeout = 30 * time.Second
 	}
-	w := d.Workload
-	if w.Publishers == 0 {
-		return nil
-	}
-	source := newBodies(w.Seed)
-	n := poolSize(w.Size * w.Batch)
-	d.pool = make([]request, n)
-	for i := range d.pool {
-		var err error
-		if d.pool[i], err = d.request(source); err != nil {
-			return err
-		}
+	if d.Workload.Publishers > 0 {
+		d.requests = prepare(d.Workload, d.request)
 	}
 	return nil
 }
 
-func (d *HTTPDriver) request(source *bodies) (request, error) {
+func (d *HTTPDriver) request(topic string, bodies [][]byte) request {
 	w := d.Workload
-	path, contentType := "/api/v3/topic/"+w.Topic, wire.MediaOctets
+	path, contentType := "/api/v3/topic/"+topic, wire.MediaOctets
 	var body []byte
 	retention := strconv.FormatInt(int64(w.Retention/time.Second), 10)
 	var inHead string // retention belongs to the request, in a batch as well
 	switch {
 	case w.Batch == 1:
-		body = source.next(w.Size)
+		body = bodies[0]
 	case d.Multipart:
 		const boundary = "vqs-tercet-bench-5d1f9be07c3a"
 		path, contentType = path+"/batch", wire.MediaMultipart+"; boundary="+boundary
 		var b bytes.Buffer
-		for range w.Batch {
+		for _, one := range bodies {
 			fmt.Fprintf(&b, "--%s\r\ncontent-type: %s\r\n\r\n", boundary, wire.MediaOctets)
-			b.Write(source.next(w.Size))
+			b.Write(one)
 			b.WriteString("\r\n")
 		}
 		fmt.Fprintf(&b, "--%s--\r\n", boundary)
@@ -83,8 +68,8 @@ func (d *HTTPDriver) request(source *bodies) (request, error) {
 	default:
 		path, contentType = path+"/batch", wire.MediaBatch
 		inHead = "Accept: " + wire.MediaBatch + "\r\n"
-		for range w.Batch {
-			body = wire.AppendFrame(body, nil, source.next(w.Size))
+		for _, one := range bodies {
+			body = wire.AppendFrame(body, nil, one)
 		}
 	}
 	var head strings.Builder
@@ -94,7 +79,7 @@ func (d *HTTPDriver) request(source *bodies) (request, error) {
 		head.WriteString(wire.HeaderDurability + ": all\r\n")
 	}
 	head.WriteString("\r\n")
-	return request{head: []byte(head.String()), body: body}, nil
+	return request{head: []byte(head.String()), body: body}
 }
 
 func (d *HTTPDriver) authorization() string {
@@ -106,35 +91,18 @@ func (d *HTTPDriver) authorization() string {
 
 // Publisher implements Driver.
 func (d *HTTPDriver) Publisher(i int) (Publisher, error) {
-	p := &httpPublisher{
-		conn: newConn(d.Addrs, i, d.Timeout), d: d, stamp: Stamp{Publisher: uint32(i)},
-		next: i * len(d.pool) / d.Workload.Publishers, // far from what the others send at the moment
-	}
-	if d.Workload.Stamped {
-		p.own = bytes.Clone(d.pool[i%len(d.pool)].body)
-	}
-	return p, nil
+	return &httpPublisher{conn: newConn(d.Addrs, i, d.Timeout), feed: d.requests.feed(i)}, nil
 }
 
 type httpPublisher struct {
 	*conn
-	d     *HTTPDriver
-	next  int
-	stamp Stamp
-	own   []byte // the body of a stamped workload
+	*feed
 }
 
 // Publish implements Publisher.
-func (p *httpPublisher) Publish(ctx context.Context) (Ack, error) {
-	req := &p.d.pool[p.next%len(p.d.pool)]
-	p.next++
-	body := req.body
-	if p.own != nil {
-		p.stamp.Number++
-		p.stamp.put(p.own)
-		body = p.own
-	}
-	a, err := p.do(ctx, req.head, body)
+func (p *httpPublisher) Publish(ctx context.Context, due time.Time) (Ack, error) {
+	req := p.take(due)
+	a, err := p.do(ctx, req.head, req.body)
 	if err != nil {
 		return Ack{Stamp: p.stamp}, err
 	}
@@ -144,18 +112,19 @@ func (p *httpPublisher) Publish(ctx context.Context) (Ack, error) {
 		}
 		return Ack{Stamp: p.stamp}, a.failure()
 	}
-	return Ack{Messages: p.d.Workload.Batch, Zones: a.zones, Stamp: p.stamp}, nil
+	return p.ack(req, a.zones), nil
 }
 
 // receiveWait is how long a receive waits for its first message.
 const receiveWait = 2 * time.Second
 
 // Consumer implements Driver.
-func (d *HTTPDriver) Consumer(i int) (Consumer, error) {
+func (d *HTTPDriver) Consumer(i int, found func(body []byte)) (Consumer, error) {
 	w := d.Workload
-	group := "/api/v3/topic/" + w.Topic + "/consumer/" + w.Group
+	topic, name := w.Consumes(i)
+	group := "/api/v3/topic/" + topic + "/consumer/" + name
 	return &httpConsumer{
-		conn: newConn(d.Addrs, i, d.Timeout), d: d,
+		conn: newConn(d.Addrs, i, d.Timeout), found: found,
 		receive: fmt.Appendf(nil,
 			"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nAccept: %s\r\n%s: %d\r\n%s: %d\r\n%s\r\n",
 			group, wire.MediaBatch, wire.HeaderMaxMessages, w.ReceiveMax, wire.HeaderWait, int(receiveWait/time.Second), d.authorization()),
@@ -166,7 +135,7 @@ func (d *HTTPDriver) Consumer(i int) (Consumer, error) {
 
 type httpConsumer struct {
 	*conn
-	d               *HTTPDriver
+	found           func(body []byte)
 	receive         []byte
 	leasePath, rest []byte
 	receipts        [][]byte
@@ -195,8 +164,8 @@ func (c *httpConsumer) Receive(ctx context.Context) (int, error) {
 			return 0, errs.New(errs.Internal, "a message without a receipt: %.100q", head)
 		}
 		c.receipts = append(c.receipts, bytes.Clone(receipt))
-		if c.d.Found != nil {
-			c.d.Found(body)
+		if c.found != nil {
+			c.found(body)
 		}
 	}
 	return len(c.receipts), nil

@@ -143,7 +143,7 @@ func TestHTTPPublish(t *testing.T) {
 			}
 			defer p.Close()
 			for range 3 {
-				ack, err := p.Publish(t.Context())
+				ack, err := p.Publish(t.Context(), time.Now())
 				if err != nil || ack.Messages != c.batch || ack.Zones != 3 {
 					t.Fatalf("%+v, %v", ack, err)
 				}
@@ -166,7 +166,7 @@ func TestHTTPPublish(t *testing.T) {
 			q.mu.Lock()
 			q.refuse = true
 			q.mu.Unlock()
-			if _, err := p.Publish(t.Context()); !errors.Is(err, errs.Of(errs.Overloaded)) {
+			if _, err := p.Publish(t.Context(), time.Now()); !errors.Is(err, errs.Of(errs.Overloaded)) {
 				t.Errorf("a refusal: %v", err)
 			}
 		})
@@ -179,7 +179,7 @@ func TestHTTPStampedRoundTrip(t *testing.T) {
 	w.Stamped = true
 	ledger := NewLedger()
 	d := &HTTPDriver{Addrs: []string{addr}, Workload: w}
-	d.Found = func(body []byte) {
+	found := func(body []byte) {
 		s, err := parseStamp(body)
 		if err != nil {
 			t.Error(err)
@@ -196,14 +196,14 @@ func TestHTTPStampedRoundTrip(t *testing.T) {
 		}
 		defer p.Close()
 		for range 8 {
-			ack, err := p.Publish(t.Context())
+			ack, err := p.Publish(t.Context(), time.Now())
 			if err != nil {
 				t.Fatal(err)
 			}
 			ledger.Acknowledged(ack.Stamp)
 		}
 	}
-	c, err := d.Consumer(0)
+	c, err := d.Consumer(0, found)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -291,7 +291,7 @@ func BenchmarkClient(b *testing.B) {
 		defer cancel()
 		b.ReportAllocs()
 		for b.Loop() {
-			if _, err := p.Publish(ctx); err != nil {
+			if _, err := p.Publish(ctx, time.Now()); err != nil {
 				b.Fatal(err)
 			}
 		}

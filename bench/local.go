@@ -3,6 +3,7 @@ package bench
 import (
 	"bytes"
 	"context"
+	"time"
 
 	"tercet.dev/tercet/engine"
 	"tercet.dev/tercet/internal/errs"
@@ -18,91 +19,117 @@ type Node interface {
 
 var _ Node = (*raft.Node)(nil)
 
+// submitter is a Node that takes commands without waiting for their results.
+type submitter interface {
+	Submit(p raft.Proposal, done func(raft.Reply, error))
+}
+
 // NodeDriver drives a node from inside its process: the replicated queue without HTTP. Commands are encoded
 // beforehand, so that a publish costs what the node makes of it and next to nothing before that.
 type NodeDriver struct {
 	Node     Node
 	Workload Workload
 
-	commands [][]byte
+	requests *requests
 }
 
 // Prepare encodes the commands that publishers propose. It is called once, before the driver is used.
 func (d *NodeDriver) Prepare() {
-	w := d.Workload
-	if w.Publishers == 0 || w.Stamped {
-		return
-	}
-	source := newBodies(w.Seed)
-	d.commands = make([][]byte, poolSize(w.Size*w.Batch))
-	for i := range d.commands {
-		d.commands[i] = d.command(func() []byte { return source.next(w.Size) })
+	if d.Workload.Publishers > 0 {
+		d.requests = prepare(d.Workload, d.command)
 	}
 }
 
-func (d *NodeDriver) command(body func() []byte) []byte {
-	w := d.Workload
-	publish := engine.Publish{Topic: w.Topic, Messages: make([]engine.NewMessage, w.Batch)}
-	for i := range publish.Messages {
-		publish.Messages[i] = engine.NewMessage{ContentType: wire.MediaOctets, Retention: w.Retention, Body: body()}
+func (d *NodeDriver) command(topic string, bodies [][]byte) request {
+	publish := engine.Publish{Topic: topic, Messages: make([]engine.NewMessage, len(bodies))}
+	room := 64 + len(topic)
+	for i, body := range bodies {
+		publish.Messages[i] = engine.NewMessage{ContentType: wire.MediaOctets, Retention: d.Workload.Retention, Body: body}
+		room += len(body) + 64
 	}
-	return publish.AppendTo(make([]byte, 0, 64+len(w.Topic)+w.Batch*(w.Size+64)))
+	return request{body: publish.AppendTo(make([]byte, 0, room))}
 }
 
 // Publisher implements Driver.
 func (d *NodeDriver) Publisher(i int) (Publisher, error) {
-	p := &nodePublisher{d: d, next: i * len(d.commands) / d.Workload.Publishers, stamp: Stamp{Publisher: uint32(i)}}
+	p := &nodePublisher{d: d, feed: d.requests.feed(i)}
 	if d.Workload.AllZones {
 		p.require = raft.AllZones
-	}
-	if d.Workload.Stamped {
-		p.body = newBodies(d.Workload.Seed + uint64(i)).next(d.Workload.Size)
 	}
 	return p, nil
 }
 
 type nodePublisher struct {
-	d       *NodeDriver
+	d *NodeDriver
+	*feed
 	require raft.Require
-	next    int
-	stamp   Stamp
-	body    []byte // of a stamped workload
+}
+
+// proposal makes the next one. The node keeps it, so that a marked body has to be one of its own.
+func (p *nodePublisher) proposal(due time.Time) (request, raft.Proposal) {
+	req := p.take(due)
+	command := req.body
+	if len(req.marks) > 0 {
+		command = bytes.Clone(command)
+	}
+	return req, raft.Proposal{Command: command, Require: p.require}
 }
 
 // Publish implements Publisher.
-func (p *nodePublisher) Publish(ctx context.Context) (Ack, error) {
-	var command []byte
-	if p.body != nil {
-		p.stamp.Number++
-		p.stamp.put(p.body)
-		command = p.d.command(func() []byte { return p.body })
-	} else {
-		command = p.d.commands[p.next%len(p.d.commands)]
-		p.next++
-	}
-	reply, err := p.d.Node.Propose(ctx, raft.Proposal{Command: command, Require: p.require})
-	if err == nil && reply.Code != errs.OK {
-		err = errs.Of(reply.Code)
-	}
-	if err != nil {
+func (p *nodePublisher) Publish(ctx context.Context, due time.Time) (Ack, error) {
+	req, proposal := p.proposal(due)
+	reply, err := p.d.Node.Propose(ctx, proposal)
+	if err = failed(reply, err); err != nil {
 		return Ack{Stamp: p.stamp}, err
 	}
-	return Ack{Messages: p.d.Workload.Batch, Zones: reply.Zones, Stamp: p.stamp}, nil
+	return p.ack(req, reply.Zones), nil
+}
+
+// Send implements Pipeline.
+func (p *nodePublisher) Send(ctx context.Context, due time.Time, done func(Ack, error)) error {
+	req, proposal := p.proposal(due)
+	ack := p.ack(req, 0)
+	ended := func(reply raft.Reply, err error) {
+		if err = failed(reply, err); err != nil {
+			done(Ack{}, err)
+			return
+		}
+		ack.Zones = reply.Zones
+		done(ack, nil)
+	}
+	if node, ok := p.d.Node.(submitter); ok {
+		node.Submit(proposal, ended)
+		return nil
+	}
+	go func() { ended(p.d.Node.Propose(ctx, proposal)) }()
+	return nil
+}
+
+// failed is the error of a reply that is no success.
+func failed(reply raft.Reply, err error) error {
+	if err == nil && reply.Code != errs.OK {
+		return errs.Of(reply.Code)
+	}
+	return err
 }
 
 // Close implements Publisher.
 func (p *nodePublisher) Close() error { return nil }
 
 // Consumer implements Driver.
-func (d *NodeDriver) Consumer(int) (Consumer, error) {
+func (d *NodeDriver) Consumer(i int, found func(body []byte)) (Consumer, error) {
+	topic, group := d.Workload.Consumes(i)
 	receive := engine.Receive{
-		Topic: d.Workload.Topic, Group: d.Workload.Group, Max: d.Workload.ReceiveMax, Visibility: limits.VisibilityDefault,
+		Topic: topic, Group: group, Max: d.Workload.ReceiveMax, Visibility: limits.VisibilityDefault,
 	}
-	return &nodeConsumer{d: d, receive: receive.AppendTo(nil)}, nil
+	return &nodeConsumer{d: d, topic: topic, group: group, found: found, receive: receive.AppendTo(nil)}, nil
 }
 
 type nodeConsumer struct {
 	d        *NodeDriver
+	topic    string
+	group    string
+	found    func(body []byte)
 	receive  []byte
 	receipts []engine.Receipt
 }
@@ -111,14 +138,14 @@ type nodeConsumer struct {
 func (c *nodeConsumer) Receive(ctx context.Context) (int, error) {
 	c.receipts = c.receipts[:0]
 	reply, err := c.d.Node.Propose(ctx, raft.Proposal{Command: bytes.Clone(c.receive), Wait: receiveWait})
-	if err == nil && reply.Code != errs.OK {
-		err = errs.Of(reply.Code)
-	}
-	if err != nil {
+	if err = failed(reply, err); err != nil {
 		return 0, err
 	}
 	for i := range reply.Deliveries {
 		c.receipts = append(c.receipts, reply.Deliveries[i].Receipt)
+		if c.found != nil {
+			c.found(reply.Deliveries[i].Body)
+		}
 	}
 	return len(c.receipts), nil
 }
@@ -126,13 +153,10 @@ func (c *nodeConsumer) Receive(ctx context.Context) (int, error) {
 // Settle implements Consumer.
 func (c *nodeConsumer) Settle(ctx context.Context) (int, error) {
 	settle := engine.Settle{
-		Topic: c.d.Workload.Topic, Group: c.d.Workload.Group, Op: engine.Acknowledge, Receipts: c.receipts,
+		Topic: c.topic, Group: c.group, Op: engine.Acknowledge, Receipts: c.receipts,
 	}
 	reply, err := c.d.Node.Propose(ctx, raft.Proposal{Command: settle.AppendTo(nil)})
-	if err == nil && reply.Code != errs.OK {
-		err = errs.Of(reply.Code)
-	}
-	if err != nil {
+	if err = failed(reply, err); err != nil {
 		return 0, err
 	}
 	done := 0

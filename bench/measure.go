@@ -186,7 +186,7 @@ func Fits(dir string, w Workload, nodes int) error {
 // spaceNeeded bounds the space that a workload takes on a disk shared by so many nodes.
 func spaceNeeded(w Workload, nodes int) int64 {
 	const perMessage = 64 // encoding
-	message := float64(w.Size + perMessage)
+	message := w.MeanSize() + perMessage
 	var payload float64
 	switch alive := min(w.Warmup+w.Duration, w.Retention+expiryLag).Seconds(); {
 	case w.Publishers == 0:

@@ -1,7 +1,9 @@
 package bench
 
 import (
+	"bytes"
 	"math/rand/v2"
+	"time"
 )
 
 // poolBytes bounds the memory of a pool of prepared requests. It is large beside the window of the store's block
@@ -26,4 +28,91 @@ func (b *bodies) next(size int) []byte {
 	body := make([]byte, size)
 	_, _ = b.r.Read(body) // never fails
 	return body
+}
+
+// request is a prepared publish.
+type request struct {
+	// head comes before the body, if the driver sends two pieces. No publisher changes it.
+	head []byte
+	body []byte
+	// marks are where in body the message bodies begin; bytes is their length together, messages their number.
+	marks    []int
+	bytes    int
+	messages int
+}
+
+// requests are the prepared publishes of a workload, shared by its publishers.
+type requests struct {
+	w    Workload
+	pool []request
+}
+
+// prepare makes the pool. encode makes a request out of bodies; what it makes holds each of them in one piece.
+func prepare(w Workload, encode func(topic string, bodies [][]byte) request) *requests {
+	source := newBodies(w.Seed)
+	sizes := w.sizes()
+	n := max(poolSize(int(w.MeanSize())*w.Batch), len(sizes), w.topics())
+	n = (n + w.topics() - 1) / w.topics() * w.topics() // all topics equally often
+	rs := &requests{w: w, pool: make([]request, n)}
+	for i := range rs.pool {
+		bodies := make([][]byte, w.Batch)
+		for j := range bodies {
+			bodies[j] = source.next(sizes[i%len(sizes)])
+		}
+		r := encode(w.TopicName(i), bodies)
+		r.messages = len(bodies)
+		for _, b := range bodies {
+			r.bytes += len(b)
+			if !w.Timed && !w.Stamped {
+				continue
+			}
+			from := 0
+			if len(r.marks) > 0 {
+				from = r.marks[len(r.marks)-1] + 1
+			}
+			// The bodies are random and not short, so that they stand nowhere else by chance.
+			r.marks = append(r.marks, from+bytes.Index(r.body[from:], b))
+		}
+		rs.pool[i] = r
+	}
+	return rs
+}
+
+// feed hands one publisher its requests.
+type feed struct {
+	rs    *requests
+	next  int
+	stamp Stamp
+	own   []byte // the body of a marked request, used again for the next one
+}
+
+// feed returns the feed of publisher i.
+func (rs *requests) feed(i int) *feed {
+	// Far from what the others send at the moment.
+	return &feed{rs: rs, next: i * len(rs.pool) / max(1, rs.w.Publishers), stamp: Stamp{Publisher: uint32(i)}}
+}
+
+// take returns the next request. Its body is valid until the next call, and the caller must not change it.
+func (f *feed) take(due time.Time) request {
+	r := f.rs.pool[f.next%len(f.rs.pool)]
+	f.next++
+	if len(r.marks) == 0 {
+		return r
+	}
+	f.own = append(f.own[:0], r.body...)
+	r.body = f.own
+	f.stamp.Number++
+	for _, at := range r.marks {
+		if f.rs.w.Stamped {
+			f.stamp.put(r.body[at:])
+		} else {
+			putTimeMark(r.body[at:], due)
+		}
+	}
+	return r
+}
+
+// ack is the acknowledgement of a whole request that take returned last.
+func (f *feed) ack(r request, zones int) Ack {
+	return Ack{Messages: r.messages, Bytes: r.bytes, Zones: zones, Stamp: f.stamp}
 }

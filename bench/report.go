@@ -31,6 +31,7 @@ type Report struct {
 	Latency            Percentiles  `json:"latency"`
 	ReceiveLatency     *Percentiles `json:"receiveLatency,omitempty"`
 	AcknowledgeLatency *Percentiles `json:"acknowledgeLatency,omitempty"`
+	EndToEndLatency    *Percentiles `json:"endToEndLatency,omitempty"`
 	// Rates, per second. BytesPerSecond counts bodies.
 	MessagesPerSecond     float64 `json:"messagesPerSecond"`
 	BytesPerSecond        float64 `json:"bytesPerSecond"`
@@ -53,6 +54,9 @@ type Report struct {
 	ClientMicrosPerMessage float64    `json:"clientUsPerMessage,omitempty"`
 	// WrittenPerByte is what one node had written to disk per byte of body, on average.
 	WrittenPerByte float64 `json:"writtenPerByte,omitempty"`
+	// LogPerByte is what the leader synced to its log per byte of body: the part of WrittenPerByte that is in the
+	// way of an acknowledgement.
+	LogPerByte float64 `json:"logPerByte,omitempty"`
 
 	// Probes are in the order in which they were made: one block by one stream, before; then the size of the
 	// leader's average sync, by one stream and by three.
@@ -68,20 +72,28 @@ func (r *Report) finish() {
 	res := r.Result
 	r.Latency = res.Publish.Percentiles()
 	r.MessagesPerSecond = res.MessagesPerSecond()
-	r.BytesPerSecond = r.MessagesPerSecond * float64(r.Workload.Size)
+	r.BytesPerSecond = perSecond(res.Bytes, res.Elapsed)
 	if r.Workload.Consumers > 0 {
 		receive, acknowledge := res.Receive.Percentiles(), res.Acknowledge.Percentiles()
 		r.ReceiveLatency, r.AcknowledgeLatency = &receive, &acknowledge
 		r.AcknowledgedPerSecond = perSecond(res.Acknowledged, res.Elapsed)
 	}
+	if r.Workload.Timed {
+		endToEnd := res.EndToEnd.Percentiles()
+		r.EndToEndLatency = &endToEnd
+	}
 	messages := float64(res.Messages)
 	if r.Workload.Publishers == 0 {
 		messages = float64(res.Acknowledged)
 	}
+	body := float64(res.Bytes)
 	if c := r.Counters[r.Leader]; c.Syncs > 0 {
 		r.EntriesPerSync = c.Applied / c.Syncs
 		r.MessagesPerSync = messages / c.Syncs
 		r.SyncMeanMicros = c.SyncSeconds / c.Syncs * 1e6
+		if body > 0 {
+			r.LogPerByte = c.SyncBytes / body
+		}
 	}
 	if r.CPU != nil && messages > 0 {
 		r.ServerMicrosPerMessage = micros(r.CPU.Servers()) / messages
@@ -91,7 +103,7 @@ func (r *Report) finish() {
 		for _, u := range r.CPU.Processes {
 			written += u.Written
 		}
-		if body := messages * float64(r.Workload.Size); body > 0 {
+		if body > 0 {
 			r.WrittenPerByte = float64(written) / float64(len(r.CPU.Processes)) / body
 		}
 	}
@@ -127,12 +139,15 @@ func (r *Report) Text(w io.Writer) error {
 		row("receive", "%s", latencies(*r.ReceiveLatency))
 		row("ack", "%s", latencies(*r.AcknowledgeLatency))
 	}
+	if r.EndToEndLatency != nil {
+		row("end to end", "%s", latencies(*r.EndToEndLatency))
+	}
 	if len(r.Result.Failed) > 0 {
 		row("failed", "%s", failuresText(r.Result.Failed))
 	}
 	if r.EntriesPerSync > 0 {
-		row("log", "%s per sync, %.1f entries, %.1f messages; a sync took %s ms on average", FormatBytes(r.SyncBytes),
-			r.EntriesPerSync, r.MessagesPerSync, formatMillis(int64(r.SyncMeanMicros)))
+		row("log", "%s per sync, %.1f entries, %.1f messages; a sync took %s ms on average; %.2f bytes per byte", FormatBytes(r.SyncBytes),
+			r.EntriesPerSync, r.MessagesPerSync, formatMillis(int64(r.SyncMeanMicros)), r.LogPerByte)
 	}
 	r.cpuRows(row)
 	for _, p := range r.Probes {
@@ -165,8 +180,8 @@ func (r *Report) heading(row func(name, format string, args ...any)) {
 	if l.Messages > 0 {
 		end = FormatCount(float64(l.Messages)) + " messages"
 	}
-	row("load", "%d publishers via %s, %s × %d a request, %d consumers; %s; %s", l.Publishers, r.Via,
-		FormatBytes(int64(l.Size)), l.Batch, l.Consumers, loop, end)
+	row("load", "%d publishers via %s%s, %s × %d a request, %d consumers%s; %s; %s", l.Publishers, r.Via, several(l.Window, "requests each"),
+		sizesText(&l), l.Batch, l.Consumers, several(l.Topics, "topics")+several(l.Groups, "groups"), loop, end)
 	durability := r.Durability
 	if l.AllZones {
 		durability = "all, asked for with each publish"
@@ -175,6 +190,23 @@ func (r *Report) heading(row func(name, format string, args ...any)) {
 	if r.EmulatedSync > 0 {
 		row("emulated", "every sync takes %s more", r.EmulatedSync)
 	}
+}
+
+// several names a number that is more than one.
+func several(n int, of string) string {
+	if n <= 1 {
+		return ""
+	}
+	return fmt.Sprintf(", %d %s", n, of)
+}
+
+// sizesText names the lengths of a workload's bodies.
+func sizesText(w *Workload) string {
+	var parts []string
+	for _, size := range w.sizes() {
+		parts = append(parts, FormatBytes(int64(size)))
+	}
+	return strings.Join(parts, "/")
 }
 
 func (r *Report) cpuRows(row func(name, format string, args ...any)) {

@@ -74,7 +74,7 @@ func TestFormat(t *testing.T) {
 func sample() *Report {
 	w := Workload{Topic: "t", Publishers: 10, Size: 1000, Batch: 1, Warmup: time.Second, Duration: 2 * time.Second, Retention: time.Minute}
 	res := &Result{
-		Elapsed: 2 * time.Second, Messages: 1000, Requests: 1000, Zones: map[int]int64{3: 990, 2: 10},
+		Elapsed: 2 * time.Second, Messages: 1000, Bytes: 1_000_000, Requests: 1000, Zones: map[int]int64{3: 990, 2: 10},
 		Failed: map[string]int64{"overloaded": 4}, Publish: NewHistogram(), Receive: NewHistogram(), Acknowledge: NewHistogram(),
 	}
 	for range 1000 {
@@ -118,6 +118,7 @@ func TestReport(t *testing.T) {
 	near("CPU of a node", r.NodeMicrosPerMessage, 20)
 	near("CPU of the client", r.ClientMicrosPerMessage, 5)
 	near("bytes written", r.WrittenPerByte, 2)
+	near("bytes in the log", r.LogPerByte, 2.048)
 	near("share of raw", r.OfRaw, 0.5)
 	near("above sync", float64(r.AboveSyncMicros), 400)
 	var b strings.Builder

@@ -78,6 +78,34 @@ func TestMeasureNode(t *testing.T) {
 	}
 }
 
+// TestShapesOfNode drives a real node with windows, several topics and groups, mixed sizes and timed bodies.
+func TestShapesOfNode(t *testing.T) {
+	s := serveNode(t)
+	for _, http := range []bool{false, true} {
+		w := Workload{
+			Topic: "shapes", Topics: 3, Publishers: 2, Window: 4, Sizes: []int{50, 2000}, Batch: 2, Messages: 600, Retention: time.Minute,
+			Consumers: 6, Group: "g", Groups: 2, ReceiveMax: 10, Timed: true,
+		}
+		if http {
+			w.Topic, w.Window = "shapes-http", 1
+		}
+		r, err := Measure(t.Context(), s, Plan{Workload: w, ViaHTTP: http})
+		if err != nil {
+			t.Fatal(err)
+		}
+		res := r.Result
+		if len(res.Failed) > 0 || res.Messages < 600 || res.Received != 2*res.Messages || res.Acknowledged != 2*res.Messages {
+			t.Errorf("http %t: %+v", http, res)
+		}
+		if mean := float64(res.Bytes) / float64(res.Messages); mean < 950 || mean > 1100 {
+			t.Errorf("http %t: %.0f bytes a message", http, mean)
+		}
+		if r.EndToEndLatency == nil || r.EndToEndLatency.Count != 2*res.Messages || r.EndToEndLatency.P50 <= 0 || r.EndToEndLatency.Max > 60e6 {
+			t.Errorf("http %t: end to end %+v", http, r.EndToEndLatency)
+		}
+	}
+}
+
 // TestAccountOfNode publishes stamped messages to a real node and finds each of them.
 func TestAccountOfNode(t *testing.T) {
 	s := serveNode(t)
@@ -86,21 +114,24 @@ func TestAccountOfNode(t *testing.T) {
 		Consumers: 2, Group: "g", ReceiveMax: 10,
 	}
 	ledger := NewLedger()
-	d := &HTTPDriver{Addrs: s.httpAddrs(), Workload: w, Found: func(body []byte) {
-		stamp, err := parseStamp(body)
-		if err != nil {
-			t.Error(err)
-		}
-		ledger.Found(stamp)
-	}}
+	d := &HTTPDriver{Addrs: s.httpAddrs(), Workload: w}
 	if err := d.Prepare(); err != nil {
 		t.Fatal(err)
 	}
-	r, err := Run(t.Context(), w, d, Hooks{Published: func(_ int, ack Ack, err error) {
-		if err == nil {
-			ledger.Acknowledged(ack.Stamp)
-		}
-	}})
+	r, err := Run(t.Context(), w, d, Hooks{
+		Published: func(_ int, ack Ack, err error) {
+			if err == nil {
+				ledger.Acknowledged(ack.Stamp)
+			}
+		},
+		Received: func(_ int, body []byte) {
+			stamp, err := parseStamp(body)
+			if err != nil {
+				t.Error(err)
+			}
+			ledger.Found(stamp)
+		},
+	})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,10 +1,38 @@
 package bench
 
 import (
+	"bytes"
+	"encoding/binary"
 	"encoding/hex"
 	"fmt"
 	"sync"
+	"time"
 )
+
+// A time mark is the beginning of the body of a Timed workload: a word to know it by, and the nanoseconds since
+// epoch at which the message was due.
+const (
+	timeMarkWord = "due:at: "
+	timeMarkSize = len(timeMarkWord) + 8
+)
+
+// epoch is what time marks count from. Its monotonic reading keeps them apart from changes of the clock, which is why
+// publishers and consumers have to be in one process.
+var epoch = time.Now()
+
+// putTimeMark writes a mark over the beginning of a body.
+func putTimeMark(body []byte, due time.Time) {
+	copy(body, timeMarkWord)
+	binary.BigEndian.PutUint64(body[len(timeMarkWord):], uint64(due.Sub(epoch)))
+}
+
+// readTimeMark reads what putTimeMark wrote.
+func readTimeMark(body []byte) (time.Time, bool) {
+	if len(body) < timeMarkSize || !bytes.HasPrefix(body, []byte(timeMarkWord)) {
+		return time.Time{}, false
+	}
+	return epoch.Add(time.Duration(binary.BigEndian.Uint64(body[len(timeMarkWord):]))), true
+}
 
 // Stamp names one message of a run: its publisher and that publisher's number for it, from 1.
 type Stamp struct {

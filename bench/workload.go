@@ -17,9 +17,17 @@ type Workload struct {
 	Topic string `json:"topic"`
 	// Publishers is the number of requests in flight; each publishes one request after the other.
 	Publishers int `json:"publishers"`
+	// Window is the number of requests that a publisher has under way at once, on one connection. 0 and 1: it
+	// waits for each answer before it sends the next request.
+	Window int `json:"window,omitempty"`
 	// Size is the body's length in bytes, Batch the number of messages of a request.
 	Size  int `json:"size"`
 	Batch int `json:"batch"`
+	// Sizes are the lengths of bodies that take turns, request by request, instead of Size.
+	Sizes []int `json:"sizes,omitempty"`
+	// Topics is the number of topics that requests take turns at; 0 and 1: there is one, named Topic. Otherwise
+	// they are named by TopicName.
+	Topics int `json:"topics,omitempty"`
 	// Rate is the number of messages a second that become due, spread evenly over the publishers. Zero is a
 	// closed loop: as fast as the answers come.
 	Rate float64 `json:"rate,omitempty"`
@@ -34,13 +42,20 @@ type Workload struct {
 	// AllZones asks for durability all with each publish.
 	AllZones bool `json:"allZones,omitempty"`
 
-	// Consumers receive up to ReceiveMax messages at a time for Group, acknowledge them, and begin anew.
+	// Consumers receive up to ReceiveMax messages at a time for a group, acknowledge them, and begin anew. They are
+	// spread over the topics first and then over the groups.
 	Consumers  int    `json:"consumers,omitempty"`
 	Group      string `json:"group,omitempty"`
 	ReceiveMax int    `json:"receiveMax,omitempty"`
+	// Groups is the number of groups that each receive every message; 0 and 1: there is one, named Group.
+	// Otherwise they are named by GroupName.
+	Groups int `json:"groups,omitempty"`
 
 	// Stamped makes the beginning of each body name its publisher and number (see Stamp).
 	Stamped bool `json:"stamped,omitempty"`
+	// Timed makes each body carry the moment at which it was due, so that consumers can tell how long it took to
+	// reach them. Publishers and consumers are in one process then.
+	Timed bool `json:"timed,omitempty"`
 	// Seed makes the bodies.
 	Seed uint64 `json:"seed"`
 }
@@ -56,9 +71,16 @@ func (w *Workload) Validate() error {
 	check(w.Topic != "", "no topic")
 	check(w.Publishers >= 0 && w.Consumers >= 0 && w.Publishers+w.Consumers > 0, "neither publishers nor consumers")
 	check(w.Publishers <= 1<<16 && w.Consumers <= 1<<16, "more than 65536 publishers or consumers")
-	check(w.Size >= 0 && w.Size <= limits.MessageBytesMax, "the size must be 0 to %d bytes", limits.MessageBytesMax)
+	check(w.Window >= 0 && w.Window <= 1<<16, "the window must be 1 to 65536 requests")
+	check(w.Window <= 1 || w.Rate == 0, "a fixed rate needs publishers that wait for each answer: leave out the window")
+	for _, size := range w.sizes() {
+		check(size >= 0 && size <= limits.MessageBytesMax, "the size must be 0 to %d bytes", limits.MessageBytesMax)
+		check((size+128)*w.Batch <= limits.BatchBytesMax || w.Batch == 1, "a batch may have %d bytes", limits.BatchBytesMax)
+		check(!w.Timed || size >= timeMarkSize, "timed messages need %d bytes", timeMarkSize)
+	}
+	check(w.Topics >= 0 && w.Topics <= topicsMax, "the number of topics must be 1 to %d", topicsMax)
+	check(w.Groups >= 0 && w.Groups <= 1<<10, "the number of groups must be 1 to 1024")
 	check(w.Batch >= 1 && w.Batch <= limits.BatchMessagesMax, "a batch has 1 to %d messages", limits.BatchMessagesMax)
-	check((w.Size+128)*w.Batch <= limits.BatchBytesMax || w.Batch == 1, "a batch may have %d bytes", limits.BatchBytesMax)
 	check(w.Rate >= 0, "the rate must not be negative")
 	check(w.Warmup >= 0 && (w.Duration > 0 || w.Messages > 0), "the duration must be positive")
 	check(w.Retention >= limits.RetentionMin && w.Retention <= limits.RetentionMax && w.Retention%time.Second == 0,
@@ -66,25 +88,83 @@ func (w *Workload) Validate() error {
 	if w.Consumers > 0 {
 		check(w.Group != "", "no consumer group")
 		check(w.ReceiveMax >= 1 && w.ReceiveMax <= limits.ReceiveMessagesMax, "a receive takes 1 to %d messages", limits.ReceiveMessagesMax)
+		check(w.Consumers >= w.topics()*w.groups(), "%d topics and %d groups need a consumer each", w.topics(), w.groups())
 	}
 	if w.Stamped {
-		check(w.Batch == 1 && w.Size >= StampSize, "stamped messages need %d bytes and no batches", StampSize)
+		check(w.Batch == 1 && w.Window <= 1 && len(w.Sizes) == 0 && w.topics() == 1 && !w.Timed && w.Size >= StampSize,
+			"stamped messages need %d bytes, and neither batches, windows, mixed sizes, several topics, nor times", StampSize)
 	}
 	return errors.Join(problems...)
 }
 
+// topicsMax bounds the number of topics of a workload: each has a prepared request at least.
+const topicsMax = 4096
+
+func (w *Workload) topics() int { return max(1, w.Topics) }
+func (w *Workload) groups() int { return max(1, w.Groups) }
+func (w *Workload) window() int { return max(1, w.Window) }
+
+// sizes are the lengths of bodies that take turns.
+func (w *Workload) sizes() []int {
+	if len(w.Sizes) == 0 {
+		return []int{w.Size}
+	}
+	return w.Sizes
+}
+
+// MeanSize is the mean length of a body.
+func (w *Workload) MeanSize() float64 {
+	sum := 0
+	for _, size := range w.sizes() {
+		sum += size
+	}
+	return float64(sum) / float64(len(w.sizes()))
+}
+
+// TopicName names topic i.
+func (w *Workload) TopicName(i int) string {
+	if w.topics() == 1 {
+		return w.Topic
+	}
+	return fmt.Sprintf("%s-%d", w.Topic, i%w.topics())
+}
+
+// GroupName names group i.
+func (w *Workload) GroupName(i int) string {
+	if w.groups() == 1 {
+		return w.Group
+	}
+	return fmt.Sprintf("%s-%d", w.Group, i%w.groups())
+}
+
+// Consumes returns what consumer i receives.
+func (w *Workload) Consumes(i int) (topic, group string) {
+	return w.TopicName(i % w.topics()), w.GroupName(i / w.topics())
+}
+
 // A Publisher publishes, one request at a time. Only one goroutine calls it.
 type Publisher interface {
-	// Publish sends the next request and waits for its answer. An Ack without a Stamp in a Stamped workload is
-	// of no use.
-	Publish(ctx context.Context) (Ack, error)
+	// Publish sends the next request and waits for its answer. due is what a Timed body carries. An Ack without a
+	// Stamp in a Stamped workload is of no use.
+	Publish(ctx context.Context, due time.Time) (Ack, error)
 	Close() error
+}
+
+// A Pipeline is a Publisher that can have several requests under way. A workload with a Window needs one.
+type Pipeline interface {
+	Publisher
+	// Send hands the next request over without waiting for its answer, and may wait for room to do so. done is
+	// called once with the outcome, from any goroutine. After an error done is not called. Requests that are under
+	// way when the context ends may be given up.
+	Send(ctx context.Context, due time.Time, done func(Ack, error)) error
 }
 
 // Ack is the acknowledgement of one request.
 type Ack struct {
-	// Messages is the number of messages it stored, Zones the number of zones that hold them.
+	// Messages is the number of messages it stored, Bytes the length of their bodies, Zones the number of zones
+	// that hold them, -1 if that was not told.
 	Messages int
+	Bytes    int
 	Zones    int
 	// Stamp is the last message's, in a Stamped workload.
 	Stamp Stamp
@@ -102,14 +182,17 @@ type Consumer interface {
 // A Driver makes the publishers and consumers of a workload.
 type Driver interface {
 	Publisher(i int) (Publisher, error)
-	Consumer(i int) (Consumer, error)
+	// Consumer makes consumer i, which receives what Workload.Consumes says and calls found, unless it is nil,
+	// with each body, which is valid until found returns.
+	Consumer(i int, found func(body []byte)) (Consumer, error)
 }
 
 // Result is what came of a workload. Counts and times are those of the part that counts.
 type Result struct {
 	Elapsed time.Duration `json:"elapsed"`
-	// Messages were acknowledged to their publishers, by Requests requests.
+	// Messages with so many Bytes of bodies were acknowledged to their publishers, by Requests requests.
 	Messages int64 `json:"messages"`
+	Bytes    int64 `json:"bytes"`
 	Requests int64 `json:"requests"`
 	// Failed requests, by the stable code of their error, over the whole run.
 	Failed map[string]int64 `json:"failed,omitempty"`
@@ -123,6 +206,8 @@ type Result struct {
 	Acknowledged int64      `json:"acknowledged,omitempty"`
 	Receive      *Histogram `json:"receive,omitempty"`
 	Acknowledge  *Histogram `json:"acknowledge,omitempty"`
+	// EndToEnd is the time from the moment a message was due until a consumer had it, in a Timed workload.
+	EndToEnd *Histogram `json:"endToEnd,omitempty"`
 }
 
 // MessagesPerSecond is the rate at which messages were acknowledged to their publishers.
@@ -141,8 +226,11 @@ type Hooks struct {
 	Begin, End func()
 	// Progress is called about once a second with what was published and acknowledged so far.
 	Progress func(published, acknowledged int64)
-	// Published is called for each finished request of publisher i, by that publisher's goroutine.
+	// Published is called for each finished request of publisher i, by that publisher's goroutine. Not with a Window.
 	Published func(i int, ack Ack, err error)
+	// Received is called with the body of each message that consumer i received, by that consumer's goroutine. The
+	// body is valid until it returns.
+	Received func(i int, body []byte)
 }
 
 // Run carries out the workload. It returns early with the context's error, or with the first error of a publisher
@@ -153,7 +241,7 @@ func Run(ctx context.Context, w Workload, d Driver, hooks Hooks) (*Result, error
 	}
 	r := &run{w: w, hooks: hooks, result: &Result{
 		Failed: map[string]int64{}, Zones: map[int]int64{},
-		Publish: NewHistogram(), Receive: NewHistogram(), Acknowledge: NewHistogram(),
+		Publish: NewHistogram(), Receive: NewHistogram(), Acknowledge: NewHistogram(), EndToEnd: NewHistogram(),
 	}}
 	workers, err := r.workers(d)
 	defer func() {
@@ -207,16 +295,43 @@ func (r *run) workers(d Driver) ([]worker, error) {
 		if err != nil {
 			return all, err
 		}
-		all = append(all, worker{func(ctx context.Context) { r.publish(ctx, i, p) }, p.Close})
+		loop := func(ctx context.Context) { r.publish(ctx, i, p) }
+		if r.w.window() > 1 {
+			pipeline, ok := p.(Pipeline)
+			if !ok {
+				return all, errors.Join(errors.New("this way of publishing has one request under way at a time: leave out the window"), p.Close())
+			}
+			loop = func(ctx context.Context) { r.pipeline(ctx, pipeline) }
+		}
+		all = append(all, worker{loop, p.Close})
 	}
 	for i := range r.w.Consumers {
-		c, err := d.Consumer(i)
+		arrivals := recorder{to: r.result.EndToEnd}
+		c, err := d.Consumer(i, r.found(i, &arrivals))
 		if err != nil {
 			return all, err
 		}
-		all = append(all, worker{func(ctx context.Context) { r.consume(ctx, c) }, c.Close})
+		all = append(all, worker{func(ctx context.Context) { defer arrivals.flush(); r.consume(ctx, c) }, c.Close})
 	}
 	return all, nil
+}
+
+// found returns what consumer i calls with each body, or nil if nobody wants to know.
+func (r *run) found(i int, arrivals *recorder) func(body []byte) {
+	if !r.w.Timed && r.hooks.Received == nil {
+		return nil
+	}
+	return func(body []byte) {
+		if r.hooks.Received != nil {
+			r.hooks.Received(i, body)
+		}
+		if !r.w.Timed || r.phase.Load() != counting {
+			return
+		}
+		if due, ok := readTimeMark(body); ok && !due.Before(r.start) {
+			arrivals.record(time.Since(due))
+		}
+	}
 }
 
 // all runs the workers to the end of the run and sets the result's elapsed time.
@@ -299,7 +414,8 @@ func (r *run) done() bool {
 		return true
 	}
 	// A few requests may have been under way when enough was published; they are waited for.
-	return r.publishing.Load() == 0 && r.acknowledged.Load() >= max(r.w.Messages, r.published.Load())
+	groups := int64(r.w.groups())
+	return r.publishing.Load() == 0 && r.acknowledged.Load()/groups >= max(r.w.Messages, r.published.Load())
 }
 
 // publish is one publisher's loop.
@@ -318,7 +434,7 @@ func (r *run) publish(ctx context.Context, i int, p Publisher) {
 		if !ok {
 			return
 		}
-		ack, err := p.Publish(ctx)
+		ack, err := p.Publish(ctx, due)
 		now := time.Now()
 		if ctx.Err() != nil && err != nil {
 			return // the run's end interrupted it
@@ -334,9 +450,75 @@ func (r *run) publish(ctx context.Context, i int, p Publisher) {
 		r.published.Add(int64(ack.Messages))
 		if r.phase.Load() == counting {
 			rec.record(now.Sub(due))
-			local.Messages += int64(ack.Messages)
-			local.Requests++
-			local.Zones[ack.Zones]++
+			local.count(ack)
+		}
+	}
+}
+
+// count adds an acknowledged request.
+func (r *Result) count(ack Ack) {
+	r.Messages += int64(ack.Messages)
+	r.Bytes += int64(ack.Bytes)
+	r.Requests++
+	r.Zones[ack.Zones]++
+}
+
+// pipeline is the loop of one publisher with several requests under way.
+func (r *run) pipeline(ctx context.Context, p Pipeline) {
+	defer r.publishing.Add(-1)
+	var (
+		mu    sync.Mutex
+		over  bool // what comes now comes too late
+		bad   atomic.Bool
+		rec   = recorder{to: r.result.Publish}
+		local = Result{Failed: map[string]int64{}, Zones: map[int]int64{}}
+	)
+	defer func() {
+		mu.Lock()
+		defer mu.Unlock()
+		over = true
+		rec.flush()
+		r.add(&local)
+	}()
+	slots := make(chan struct{}, r.w.window())
+	fill := func() bool {
+		select {
+		case slots <- struct{}{}:
+			return true
+		case <-ctx.Done():
+			return false
+		}
+	}
+	for !r.publishedAll() && fill() {
+		due := time.Now()
+		done := func(ack Ack, err error) {
+			now := time.Now()
+			mu.Lock()
+			defer mu.Unlock()
+			defer func() { <-slots }()
+			switch {
+			case over || err != nil && ctx.Err() != nil:
+			case err != nil:
+				local.Failed[codeName(err)]++
+				bad.Store(true)
+			default:
+				r.published.Add(int64(ack.Messages))
+				if r.phase.Load() == counting {
+					rec.record(now.Sub(due))
+					local.count(ack)
+				}
+			}
+		}
+		if err := p.Send(ctx, due, done); err != nil {
+			done(Ack{}, err)
+		}
+		if bad.Swap(false) {
+			pause(ctx, failurePause)
+		}
+	}
+	for range r.w.window() { // what is under way is waited for, unless the run is over
+		if !fill() {
+			return
 		}
 	}
 }
@@ -385,6 +567,7 @@ func (r *run) add(local *Result) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.result.Messages += local.Messages
+	r.result.Bytes += local.Bytes
 	r.result.Requests += local.Requests
 	r.result.Received += local.Received
 	r.result.Acknowledged += local.Acknowledged

@@ -22,7 +22,9 @@ type fakeDriver struct {
 }
 
 func (d *fakeDriver) Publisher(i int) (Publisher, error) { return &fakeWorker{d: d, i: i}, nil }
-func (d *fakeDriver) Consumer(i int) (Consumer, error)   { return &fakeWorker{d: d, i: i}, nil }
+func (d *fakeDriver) Consumer(i int, _ func([]byte)) (Consumer, error) {
+	return &fakeWorker{d: d, i: i}, nil
+}
 
 type fakeWorker struct {
 	d    *fakeDriver
@@ -30,7 +32,7 @@ type fakeWorker struct {
 	got  int
 }
 
-func (w *fakeWorker) Publish(ctx context.Context) (Ack, error) {
+func (w *fakeWorker) Publish(ctx context.Context, _ time.Time) (Ack, error) {
 	w.n++
 	return w.d.publish(ctx, w.i, w.n)
 }
@@ -196,6 +198,110 @@ func TestConsumers(t *testing.T) {
 	})
 }
 
+// pipelineWorker answers requests after a time, each on a goroutine of its own.
+type pipelineWorker struct {
+	fakeWorker
+	under, most atomic.Int64
+	answered    sync.WaitGroup
+}
+
+func (w *pipelineWorker) Send(ctx context.Context, _ time.Time, done func(Ack, error)) error {
+	w.n++
+	n := w.n
+	if n%10 == 0 {
+		return errs.Of(errs.NotLeader)
+	}
+	now := w.under.Add(1)
+	for most := w.most.Load(); now > most && !w.most.CompareAndSwap(most, now); most = w.most.Load() {
+	}
+	w.answered.Go(func() {
+		err := sleep(ctx, 10*time.Millisecond)
+		w.under.Add(-1)
+		if n%10 == 1 {
+			err = errs.Of(errs.Overloaded)
+		}
+		done(Ack{Messages: 2, Bytes: 50, Zones: 3}, err)
+	})
+	return nil
+}
+
+func (w *pipelineWorker) Close() error { w.answered.Wait(); return nil }
+
+type pipelineDriver struct {
+	fakeDriver
+	worker pipelineWorker
+}
+
+func (d *pipelineDriver) Publisher(int) (Publisher, error) { return &d.worker, nil }
+
+func TestPipeline(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := workload()
+		w.Publishers, w.Window, w.Batch, w.Warmup, w.Duration, w.Messages = 1, 16, 2, 0, 0, 2000
+		d := &pipelineDriver{}
+		r, err := Run(t.Context(), w, d, Hooks{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if most := d.worker.most.Load(); most != 16 {
+			t.Errorf("%d requests were under way at once, want 16", most)
+		}
+		// What is under way when the last message is acknowledged is waited for and counts.
+		if r.Messages < 2000 || r.Messages > 2032 || r.Bytes != 25*r.Messages || r.Messages != 2*r.Requests || r.Publish.Count() != r.Requests {
+			t.Errorf("%d messages, %d bytes, %d requests, %d latencies", r.Messages, r.Bytes, r.Requests, r.Publish.Count())
+		}
+		if r.Failed["not_leader"] < 100 || r.Failed["overloaded"] < 100 {
+			t.Errorf("failed %v", r.Failed)
+		}
+		if p := r.Publish.Percentiles(); p.P50 < 10_000 || p.P50 > 10_010 {
+			t.Errorf("latencies %+v", p)
+		}
+		if _, err := Run(t.Context(), w, &fakeDriver{}, Hooks{}); err == nil || !strings.Contains(err.Error(), "window") {
+			t.Errorf("a publisher without a pipeline: %v", err)
+		}
+	})
+}
+
+// TestConsumersAreSpread: each topic and group has its share of the consumers, and a run of a number of messages ends
+// when every group has had them all.
+func TestConsumersAreSpread(t *testing.T) {
+	w := workload()
+	w.Topics, w.Groups, w.Group, w.Consumers, w.ReceiveMax = 2, 3, "g", 12, 10
+	got := map[string]int{}
+	for i := range w.Consumers {
+		topic, group := w.Consumes(i)
+		got[topic+"/"+group]++
+	}
+	if len(got) != 6 {
+		t.Errorf("%v", got)
+	}
+	for pair, n := range got {
+		if n != 2 {
+			t.Errorf("%s has %d consumers", pair, n)
+		}
+	}
+	synctest.Test(t, func(t *testing.T) {
+		var left atomic.Int64
+		left.Store(3000)
+		d := &fakeDriver{receive: func(ctx context.Context) (int, error) {
+			if err := sleep(ctx, time.Millisecond); err != nil {
+				return 0, err
+			}
+			if left.Add(-10) < 0 {
+				return 0, sleep(ctx, time.Second)
+			}
+			return 10, nil
+		}}
+		w := workload()
+		w.Publishers, w.Consumers, w.Group, w.Groups, w.ReceiveMax = 0, 3, "g", 3, 10
+		w.Duration, w.Messages = 0, 1000
+		r, err := Run(t.Context(), w, d, Hooks{})
+		if err != nil || r.Acknowledged != 3000 {
+			t.Errorf("%d acknowledged, %v", r.Acknowledged, err)
+		}
+	})
+}
+
 func TestFailuresAreCounted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := &fakeDriver{publish: func(ctx context.Context, _, n int) (Ack, error) {
@@ -264,6 +370,13 @@ func TestValidate(t *testing.T) {
 		"the retention must":      func(w *Workload) { w.Retention = 90500 * time.Millisecond },
 		"no consumer group":       func(w *Workload) { w.Consumers, w.ReceiveMax = 1, 1 },
 		"a receive takes":         func(w *Workload) { w.Consumers, w.Group = 1, "g" },
+		"the window must":         func(w *Workload) { w.Window = -1 },
+		"a fixed rate needs":      func(w *Workload) { w.Window, w.Rate = 2, 100 },
+		"the number of topics":    func(w *Workload) { w.Topics = topicsMax + 1 },
+		"the number of groups":    func(w *Workload) { w.Groups = 1025 },
+		"need a consumer each":    func(w *Workload) { w.Consumers, w.Group, w.ReceiveMax, w.Topics, w.Groups = 5, "g", 1, 2, 3 },
+		"timed messages need":     func(w *Workload) { w.Timed, w.Sizes = true, []int{100, timeMarkSize - 1} },
+		"and neither batches":     func(w *Workload) { w.Stamped, w.Topics = true, 2 },
 		"stamped messages need":   func(w *Workload) { w.Stamped, w.Size = true, StampSize-1 },
 		"more than 65536 publish": func(w *Workload) { w.Publishers = 70_000 },
 	} {

@@ -205,7 +205,8 @@ func commandLine() string {
 // workloadFlags are the flags of what is published.
 type workloadFlags struct {
 	bench.Workload
-	size byteSize
+	size  byteSize
+	sizes []string
 }
 
 func (o *workloadFlags) registerShape(cmd *cobra.Command, publishers, size, batch int) {
@@ -219,6 +220,13 @@ func (o *workloadFlags) registerShape(cmd *cobra.Command, publishers, size, batc
 func (o *workloadFlags) workload() (bench.Workload, error) {
 	w := o.Workload
 	w.Size = int(o.size)
+	for _, text := range o.sizes {
+		var size byteSize
+		if err := size.Set(text); err != nil {
+			return w, usageError{fmt.Errorf("--mixed-sizes %w", err)}
+		}
+		w.Sizes = append(w.Sizes, int(size))
+	}
 	if err := w.Validate(); err != nil {
 		return w, usageError{err}
 	}
@@ -260,7 +268,8 @@ an acknowledgement by the others, and receives everything afterwards to prove th
 			tercet bench publish --via leader --publishers 1 --emulate-sync 5ms
 			tercet bench publish --via leader --publishers 256 --baseline --pairs 4
 			tercet bench publish --publishers 16 --batch 100
-			tercet bench publish --publishers 64 --consumers 16 --rate 5000 --duration 30s -o json
+			tercet bench publish --publishers 64 --consumers 16 --rate 5000 --end-to-end --duration 30s
+			tercet bench publish --via leader --publishers 16 --window 64 --topics 64
 			tercet bench publish --kill term-leader
 			tercet bench publish --server http://10.0.0.1:7300,http://10.0.0.2:7300`),
 		Args:        cobra.NoArgs,
@@ -287,6 +296,11 @@ an acknowledgement by the others, and receives everything afterwards to prove th
 	f.DurationVar(&o.Retention, "retention", limits.RetentionMin, "retention of the messages")
 	f.StringVar(&o.Topic, "topic", "bench", "topic to publish to")
 	f.StringVar(&o.Group, "group", "bench", "consumer group")
+	f.IntVar(&o.Window, "window", 1, "requests that a publisher has under way at once; more than 1 with --via leader")
+	f.StringSliceVar(&o.sizes, "mixed-sizes", nil, "`sizes` of bodies that take turns, instead of --size")
+	f.IntVar(&o.Topics, "topics", 1, "topics that the messages are spread over")
+	f.IntVar(&o.Groups, "groups", 1, "consumer groups that each receive every message")
+	f.BoolVar(&o.Timed, "end-to-end", false, "measure the time from when a message was due until a consumer has it")
 	f.Uint64Var(&o.Seed, "seed", 1, "what the bodies are made from")
 	f.DurationVar(&o.probe, "probe", time.Second, "how long each disk probe takes; 0 for none")
 	f.StringSliceVar(&o.servers, "server", nil, "base `URLs` of a running cluster's servers, instead of starting one")
@@ -308,6 +322,7 @@ func (o *publishFlags) check() error {
 	}
 	problem(o.via != "leader" && o.via != "http", "--via %q: want leader or http", o.via)
 	problem(o.format != "compact" && o.format != "multipart", "--format %q: want compact or multipart", o.format)
+	problem(o.Timed && o.Consumers == 0, "--end-to-end needs --consumers")
 	problem(o.pairs < 1, "--pairs %d: want at least 1", o.pairs)
 	foreign := len(o.servers) > 0
 	problem(foreign && (o.via == "leader" || o.delay > 0 || o.baseline || o.kill != "" || o.profile != ""),
