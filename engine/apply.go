@@ -43,7 +43,8 @@ func (e *Engine) Apply(index, term uint64, entry []byte, results []Result, fx *E
 
 func (fx *Effects) reset() {
 	fx.Deliverable, fx.Due = fx.Deliverable[:0], fx.Due[:0]
-	fx.InSync, fx.Configuration = false, false
+	fx.Appended, fx.Documents = fx.Appended[:0], fx.Documents[:0]
+	fx.Topics, fx.InSync, fx.Configuration = false, false, false
 }
 
 func (e *Engine) apply(index, term uint64, entry []byte, results []Result, fx *Effects) ([]Result, error) {
@@ -368,6 +369,9 @@ func (e *Engine) topicNamed(name []byte) (*topic, errs.Code) {
 	t.dirty = true
 	e.topics[t.name], e.byInc[t.inc] = t, t
 	e.dirtRough.Add(int64(len(name)) + 64)
+	if e.fx != nil {
+		e.fx.Topics = true
+	}
 	return t, errs.OK
 }
 

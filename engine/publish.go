@@ -129,6 +129,9 @@ func (e *Engine) store(entry []byte) error {
 	}
 	for _, t := range e.open {
 		t.open = nil
+		if e.fx != nil {
+			e.fx.Appended = append(e.fx.Appended, t.name)
+		}
 	}
 	e.keep(entry, blocks)
 	return nil

@@ -257,6 +257,11 @@ type Effects struct {
 	// Due lists groups with parked receives whose next message becomes deliverable earlier than NextDue said
 	// before: whoever holds a timer for them sets it anew.
 	Due []GroupRef
+	// Appended names the topics that got entries, Topics is set when a topic came or went, and Documents names the tables
+	// that changed. They are for whoever watches this node's state, on followers too.
+	Appended  []string
+	Topics    bool
+	Documents []string
 	// InSync is set when the in-sync set changed.
 	InSync bool
 	// Configuration is set when the membership changed.

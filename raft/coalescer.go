@@ -51,6 +51,8 @@ type coalescer struct {
 	head   int
 	bytes  int64
 	urgent []*op
+	// lanes hold, for each intake with ordered ops, what was accepted of it since this node began to serve.
+	lanes map[engine.IntakeID]*lane
 	// pressed is what env.pressed last said.
 	pressed bool
 	idle    bool
@@ -59,6 +61,84 @@ type coalescer struct {
 	inFlight map[*byte]*batch
 	// drained is closed, if set, when nothing is in flight.
 	drained []chan struct{}
+}
+
+// lane is the ordered part of one intake, as accepted since the coalescer was last closed or paused.
+type lane struct {
+	// last is the highest number accepted or refused.
+	last uint64
+	// holes are the numbers up to last that were refused or sent back.
+	holes map[uint64]struct{}
+}
+
+// laneLocked returns the lane of an intake.
+func (c *coalescer) laneLocked(id engine.IntakeID) *lane {
+	l := c.lanes[id]
+	if l == nil {
+		if c.lanes == nil {
+			c.lanes = make(map[engine.IntakeID]*lane)
+		}
+		l = &lane{}
+		c.lanes[id] = l
+	}
+	return l
+}
+
+// inOrder reports whether an ordered op may be accepted now (R12). Its origin names the one before it whose outcome it
+// awaits, and the first of all those. The one before must have come here since the coalescer was last closed: then
+// whatever of the order is or will be applied, by this node's entries or by an earlier leader's, precedes this op. And
+// none of those whose outcome the origin awaits may have been refused or sent back: the origin may never hear of it,
+// and bring that one again. An op that is not in order goes back as well, and comes again behind the others.
+func (l *lane) inOrder(o *op) bool {
+	if o.after > l.last {
+		return false
+	}
+	for number := range l.holes {
+		switch {
+		case number < o.floor:
+			delete(l.holes, number) // its origin knows
+		case number < o.number:
+			return false
+		}
+	}
+	return true
+}
+
+// accept notes an op that is in order.
+func (l *lane) accept(o *op) {
+	l.last = max(l.last, o.number)
+	delete(l.holes, o.number)
+}
+
+// leaveOut notes that an op in order was refused or sent back.
+func (l *lane) leaveOut(o *op) {
+	l.last = max(l.last, o.number)
+	if l.holes == nil {
+		l.holes = make(map[uint64]struct{})
+	}
+	l.holes[o.number] = struct{}{}
+}
+
+// leaveOut notes that an ordered op was refused or sent back after it was accepted.
+func (c *coalescer) leaveOut(o *op) {
+	if !o.ordered {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.laneLocked(o.intake).leaveOut(o)
+}
+
+// stillInOrder judges an accepted op again, now that what was before it in the queue has been judged.
+func (c *coalescer) stillInOrder(o *op) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	l := c.laneLocked(o.intake)
+	if len(l.holes) == 0 || l.inOrder(o) {
+		return true
+	}
+	l.leaveOut(o)
+	return false
 }
 
 // serviceMode says what the leader's side of this node does with ops.
@@ -107,6 +187,15 @@ func (c *coalescer) enqueue(o *op) {
 	if o.urgent {
 		c.urgent = append(c.urgent, o)
 	} else {
+		var l *lane
+		if o.ordered {
+			l = c.laneLocked(o.intake)
+			if !l.inOrder(o) {
+				c.mu.Unlock()
+				o.endAgain(false)
+				return
+			}
+		}
 		if !o.repeat {
 			var err *errs.Error
 			switch {
@@ -116,10 +205,16 @@ func (c *coalescer) enqueue(o *op) {
 				err = &errs.Error{Code: errs.Overloaded, Message: "the leader's queue is full", RetryAfter: time.Second}
 			}
 			if err != nil {
+				if l != nil {
+					l.leaveOut(o)
+				}
 				c.mu.Unlock()
 				o.end(outcome{kind: refused, err: err})
 				return
 			}
+		}
+		if l != nil {
+			l.accept(o)
 		}
 		c.queue = append(c.queue, o)
 		c.bytes += int64(len(o.cmd))
@@ -148,6 +243,7 @@ func (c *coalescer) setMode(m serviceMode) {
 	if m == closed || m == paused {
 		queued = append(queued, c.queue[c.head:]...)
 		c.queue, c.head, c.bytes = nil, 0, 0
+		c.lanes = nil // what was accepted may go back: the order begins anew
 		parked = c.lot.close()
 	}
 	if m == open {
@@ -351,12 +447,18 @@ func (c *coalescer) build(ops, ride []*op) *batch {
 		if !o.repeat {
 			if err := c.env.refuse(o); err != nil {
 				if o.phase.CompareAndSwap(phaseQueued, phaseWithdrawn) {
+					c.leaveOut(o)
 					o.endRefused(err)
 				} else {
 					o.endAgain(false)
 				}
 				continue
 			}
+		}
+		if o.ordered && !c.stillInOrder(o) {
+			o.phase.CompareAndSwap(phaseQueued, phaseWithdrawn)
+			o.endAgain(false)
+			continue
 		}
 		if !keep(o) || o.kind != engine.CmdPublish {
 			continue

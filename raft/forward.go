@@ -31,7 +31,7 @@ const (
 
 // The body of kindCommand:
 //
-//	version u8 | flags u8 | intake u64 | number, lowest uvarint | waited, wait ms uvarint | command
+//	version u8 | flags u8 | intake u64 | number, lowest uvarint | waited, wait ms uvarint | if ordered: after, floor uvarint | command
 //
 // and of its answer:
 //
@@ -45,6 +45,7 @@ const (
 	commandRequireMask = 3
 	commandRepeat      = 4
 	commandParks       = 8
+	commandOrdered     = 16
 
 	againProposed = 1
 )
@@ -62,13 +63,20 @@ func appendCommand(b []byte, o *op, now time.Time) []byte {
 		waited = max(now.Sub(o.since).Milliseconds(), 0)
 		wait = max(o.parkUntil.Sub(now).Milliseconds(), 0)
 	}
+	if o.ordered {
+		flags |= commandOrdered
+	}
 	b = append(b, forwardVersion, flags)
 	b = binary.LittleEndian.AppendUint64(b, uint64(o.intake))
 	b = binary.AppendUvarint(b, o.number)
 	b = binary.AppendUvarint(b, o.lowest)
 	b = binary.AppendUvarint(b, uint64(waited))
-	return binary.AppendUvarint(b, uint64(wait))
-	// The command follows as a part of its own, uncopied.
+	b = binary.AppendUvarint(b, uint64(wait))
+	if o.ordered {
+		b = binary.AppendUvarint(b, o.after)
+		b = binary.AppendUvarint(b, o.floor)
+	}
+	return b // the command follows as a part of its own, uncopied
 }
 
 // waitMaxMs bounds the waiting times that another node may ask for.
@@ -87,7 +95,10 @@ func decodeForwarded(b []byte, now time.Time) (*op, error) {
 	r.b = r.b[8:]
 	o.number, o.lowest = r.uvarint(), r.uvarint()
 	waited, wait := r.uvarint(), r.uvarint()
-	if r.bad || waited > waitMaxMs || wait > waitMaxMs || flags&commandRequireMask > byte(AllZones) {
+	if o.ordered = flags&commandOrdered != 0; o.ordered {
+		o.after, o.floor = r.uvarint(), r.uvarint()
+	}
+	if r.bad || o.ordered && (o.after >= o.number || o.floor > o.number) || waited > waitMaxMs || wait > waitMaxMs || flags&commandRequireMask > byte(AllZones) {
 		return nil, errMalformed
 	}
 	o.require = Require(flags & commandRequireMask)
@@ -281,7 +292,51 @@ type forwarded struct{ out chan outcome }
 
 func (f *forwarded) finish(_ *op, out outcome) { f.out <- out } // buffered: one outcome per op
 
-// serve handles a forwarded command on its own goroutine.
+// forwardedRequest is the origin of a forwarded op that no goroutine waits for.
+type forwardedRequest struct {
+	n *Node
+	r *peer.Request
+}
+
+func (f *forwardedRequest) finish(o *op, out outcome) {
+	if out.kind != replied || len(o.result.Deliveries) == 0 {
+		f.r.Reply(appendOutcome(make([]byte, 0, 64), o, out))
+		return
+	}
+	f.n.spawn(func() { // unless the node stops: then the connection's end is the answer
+		if err := f.n.load(o.result.Deliveries); err != nil {
+			f.r.Fail(peer.CodeFailed, err.Error())
+			return
+		}
+		f.r.Reply(appendOutcome(make([]byte, 0, 64), o, out))
+	})
+}
+
+// take accepts forwarded commands in the order in which they arrive. Receives that are not part of an order are left
+// to goroutines of their own: what they ask the engine waits for an apply.
+func (n *Node) take(r *peer.Request) bool {
+	if r.Kind != kindCommand || !n.running() {
+		return false
+	}
+	if len(r.Body) < 2 || r.Body[1]&commandParks != 0 {
+		return false
+	}
+	o, err := decodeForwarded(r.Body, n.now())
+	if err != nil {
+		r.Fail(peer.CodeFailed, err.Error())
+		return true
+	}
+	if o.receive != nil && !o.ordered {
+		return false
+	}
+	// A connection that ends takes nothing back: the origin repeats what it got no answer to, and what was accepted
+	// keeps its place in the order.
+	o.from = &forwardedRequest{n, r}
+	n.accept(o)
+	return true
+}
+
+// serveCommand handles a forwarded command on its own goroutine.
 func (n *Node) serveCommand(ctx context.Context, body []byte) ([]byte, error) {
 	o, err := decodeForwarded(body, n.now())
 	if err != nil {

@@ -135,6 +135,7 @@ func (m *machine) Restore(r io.ReadCloser) error {
 	}
 	m.n.clock.observe(m.n.eng.Stamp())
 	m.n.noteEffects(&engine.Effects{InSync: true, Configuration: true})
+	m.n.watches.signalAll()
 	m.n.applied()
 	return nil
 }

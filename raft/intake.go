@@ -1,7 +1,9 @@
 package raft
 
 import (
+	"cmp"
 	"context"
+	"slices"
 	"sync"
 	"time"
 
@@ -20,6 +22,11 @@ import (
 //	             └── outcome: replied, refused ──► caller
 //	                          again            ──► held, then the route of the moment
 //	                          stillWaiting     ──► a new number, and the same again
+//
+// Commands that were submitted (Node.Submit) are applied in the order of their numbers. The intake sends them in that
+// order and tells with each the one before it whose outcome it does not know; a leader that has not accepted that one
+// sends the command back (lane.inOrder). What may overtake on the way, a new connection beside a broken one or
+// a new leader beside an old one, is so brought into order where entries are made.
 
 // parkSliceMax is how long a receive waits under one number. A number that stays open holds the lowest
 // outstanding one back, and with it the results the engine has to remember.
@@ -67,6 +74,17 @@ type intake struct {
 	lowest, next uint64
 	bytes        int64
 	held         []*call
+	// orderedFirst and orderedLast are the ends of the list of ordered calls without an outcome, by number; orderedHeld
+	// counts those of them that are held.
+	orderedFirst, orderedLast *call
+	orderedHeld               int
+	// outgoing are ordered calls on their way to the sender, each once; pumping while a goroutine passes them on.
+	outgoing []*call
+	pumping  bool
+	// timed counts the calls with a deadline of their own.
+	timed int
+	// told are submitted calls whose outcome is to be passed on once the lock is released.
+	told []*call
 	// kick wakes the flusher when something is held and could be sent.
 	kick chan struct{}
 }
@@ -99,15 +117,144 @@ type call struct {
 	present *op
 	isLocal bool
 
+	// ordered calls form a list; unlinked ones have no outcome to wait for.
+	ordered      bool
+	isOutgoing   bool
+	before, next *call
+	// deadline ends a submitted call; zero for none.
+	deadline time.Time
+
 	first op
-	done  chan struct{}
-	reply Reply
-	err   *errs.Error
+	// done is closed with the outcome, unless there is a function to call.
+	done   chan struct{}
+	notify func(*call)
+	reply  Reply
+	err    *errs.Error
 }
 
 func newIntake(self engine.NodeID, s sender, now func() time.Time, bytesMax int64) *intake {
 	return &intake{self: self, sender: s, now: now, bytesMax: bytesMax, slice: parkSliceMax, calls: make([]*call, 256), lowest: 1, next: 1,
 		kick: make(chan struct{}, 1), release: func(*call, []engine.Delivery) {}}
+}
+
+// unlock releases the intake and passes on the outcomes that were found under its lock.
+func (in *intake) unlock() {
+	told := in.told
+	in.told = nil
+	in.mu.Unlock()
+	for _, c := range told {
+		c.notify(c)
+	}
+}
+
+// tellLocked gives c's caller the outcome, once.
+func (in *intake) tellLocked(c *call, reply Reply, err *errs.Error) {
+	c.reply, c.err = reply, err
+	if !c.deadline.IsZero() {
+		in.timed--
+	}
+	if c.notify != nil {
+		in.told = append(in.told, c)
+		return
+	}
+	close(c.done)
+}
+
+// submit takes a command without waiting for its outcome: c.notify is called with it. Ordered calls are applied in the
+// order in which they were submitted.
+func (in *intake) submit(c *call) {
+	in.mu.Lock()
+	defer in.unlock()
+	err := in.closing
+	if err == nil {
+		err = in.roomLocked(len(c.cmd))
+	}
+	if err != nil {
+		c.deadline = time.Time{}
+		in.tellLocked(c, Reply{}, err)
+		return
+	}
+	in.numberLocked(c)
+	in.bytes += int64(len(c.cmd))
+	if !c.deadline.IsZero() {
+		in.timed++
+		if in.timed == 1 {
+			in.kickLocked() // run has to look at deadlines
+		}
+	}
+	if c.ordered {
+		c.before = in.orderedLast
+		if c.before != nil {
+			c.before.next = c
+		} else {
+			in.orderedFirst = c
+		}
+		in.orderedLast = c
+	}
+	switch {
+	case in.id == 0, in.route.node == "", c.ordered && in.orderedHeld > 0:
+		in.holdLocked(c)
+	case c.ordered:
+		in.passLocked(c)
+		in.pumpLocked()
+	default:
+		to, o := in.route.node, in.sendLocked(c)
+		in.unlock()
+		in.sendOne(to, o)
+		in.mu.Lock()
+	}
+}
+
+// passLocked puts c among the outgoing calls.
+func (in *intake) passLocked(c *call) {
+	if !c.isOutgoing {
+		c.isOutgoing = true
+		in.outgoing = append(in.outgoing, c)
+	}
+}
+
+// pumpLocked passes the outgoing calls on, in their order, unless another goroutine is doing so: then that one takes
+// these along. It releases the lock while it sends.
+func (in *intake) pumpLocked() {
+	if in.pumping {
+		return
+	}
+	in.pumping = true
+	for len(in.outgoing) > 0 {
+		batch := in.outgoing
+		in.outgoing = nil
+		slices.SortFunc(batch, func(a, b *call) int { return cmp.Compare(a.number, b.number) })
+		ops := make([]*op, 0, len(batch))
+		for _, c := range batch {
+			c.isOutgoing = false
+			switch {
+			case c.isHeld || in.findLocked(c.number) != c:
+				// Held anew when the route changed, or over.
+			case in.id == 0 || in.route.node == "":
+				in.holdLocked(c)
+			default:
+				ops = append(ops, in.sendLocked(c))
+			}
+		}
+		if len(ops) == 0 {
+			continue
+		}
+		to := in.route.node
+		in.unlock()
+		in.sendAll(to, ops)
+		in.mu.Lock()
+	}
+	in.pumping = false
+}
+
+// sendAll sends ops; when nothing can be sent, they are held again.
+func (in *intake) sendAll(to engine.NodeID, ops []*op) {
+	if in.sender.send(to, ops) {
+		return
+	}
+	for _, o := range ops {
+		in.complete(o.number, o.attempt, Reply{}, outcome{kind: again, proposed: o.repeat})
+	}
 }
 
 // do sees a command to its outcome.
@@ -171,6 +318,23 @@ func (in *intake) numberLocked(c *call) {
 
 // forgetLocked frees c's number.
 func (in *intake) forgetLocked(c *call) {
+	if c.ordered {
+		c.ordered = false
+		if c.isHeld {
+			in.orderedHeld--
+		}
+		if c.before != nil {
+			c.before.next = c.next
+		} else {
+			in.orderedFirst = c.next
+		}
+		if c.next != nil {
+			c.next.before = c.before
+		} else {
+			in.orderedLast = c.before
+		}
+		c.before, c.next = nil, nil
+	}
 	n := uint64(len(in.calls))
 	in.calls[c.number%n] = nil
 	for in.lowest < in.next && in.calls[in.lowest%n] == nil {
@@ -194,7 +358,7 @@ func (in *intake) sendLocked(c *call) *op {
 	}
 	c.attempt++
 	c.sent++
-	c.isHeld = false
+	in.unholdLocked(c)
 	c.sentTo = in.route.node
 	c.isLocal = in.route.node == in.self
 	c.intake = in.id
@@ -202,6 +366,12 @@ func (in *intake) sendLocked(c *call) *op {
 	o.intake, o.number, o.lowest, o.attempt = in.id, c.number, in.lowest, c.attempt
 	o.cmd, o.kind, o.topic, o.ref, o.count, o.receive = c.cmd, c.kind, c.topic, c.ref, c.count, c.receive
 	o.require, o.since, o.repeat = c.require, c.since, c.proposed
+	if o.ordered = c.ordered; o.ordered {
+		o.floor = in.orderedFirst.number
+		if c.before != nil {
+			o.after = c.before.number
+		}
+	}
 	if !c.waitUntil.IsZero() {
 		o.parkUntil = c.waitUntil
 		if slice := in.now().Add(in.slice); slice.Before(c.waitUntil) {
@@ -213,11 +383,7 @@ func (in *intake) sendLocked(c *call) *op {
 }
 
 // sendOne sends one op; when nothing can be sent, it is held again.
-func (in *intake) sendOne(to engine.NodeID, o *op) {
-	if !in.sender.send(to, []*op{o}) {
-		in.complete(o.number, o.attempt, Reply{}, outcome{kind: again, proposed: o.repeat})
-	}
-}
+func (in *intake) sendOne(to engine.NodeID, o *op) { in.sendAll(to, []*op{o}) }
 
 // takeBackLocked takes back the present attempt of c and reports whether it is certain that no node proposed it.
 func (c *call) takeBackLocked() bool {
@@ -236,27 +402,32 @@ func (in *intake) holdLocked(c *call) {
 		return
 	}
 	c.isHeld = true
+	if c.ordered {
+		in.orderedHeld++
+	}
 	c.heldAt = in.now()
 	c.sentTo = ""
 	in.held = append(in.held, c)
-	select {
-	case in.kick <- struct{}{}:
-	default:
+	in.kickLocked()
+}
+
+// unholdLocked says that c is not held any more.
+func (in *intake) unholdLocked(c *call) {
+	if c.isHeld && c.ordered {
+		in.orderedHeld--
 	}
+	c.isHeld = false // flush skips it
 }
 
 // endLocked gives c its outcome.
 func (in *intake) endLocked(c *call, reply Reply, err *errs.Error) {
 	in.forgetLocked(c)
 	in.bytes -= int64(len(c.cmd))
-	if c.isHeld {
-		c.isHeld = false // flush skips it
-	}
+	in.unholdLocked(c)
 	if !c.abandoned.IsZero() {
 		return
 	}
-	c.reply, c.err = reply, err
-	close(c.done)
+	in.tellLocked(c, reply, err)
 }
 
 // complete takes an outcome from the node that an attempt was sent to.
@@ -269,19 +440,19 @@ func (in *intake) complete(number uint64, attempt uint32, reply Reply, out outco
 		if c != nil && out.proposed {
 			c.proposed = true
 		}
-		in.mu.Unlock()
+		in.unlock()
 		return
 	}
 	switch out.kind {
 	case replied:
 		if reply.Code == errs.IntakeClosed {
 			in.closedLocked(c)
-			in.mu.Unlock()
+			in.unlock()
 			return
 		}
 		abandoned := !c.abandoned.IsZero()
 		in.endLocked(c, reply, nil)
-		in.mu.Unlock()
+		in.unlock()
 		if abandoned && len(reply.Deliveries) > 0 {
 			in.release(c, reply.Deliveries)
 		}
@@ -309,11 +480,11 @@ func (in *intake) complete(number uint64, attempt uint32, reply Reply, out outco
 			break
 		}
 		to, o := in.route.node, in.sendLocked(c)
-		in.mu.Unlock()
+		in.unlock()
 		in.sendOne(to, o)
 		return
 	}
-	in.mu.Unlock()
+	in.unlock()
 }
 
 // finish makes the intake the origin of the ops it sends to its own node.
@@ -342,12 +513,19 @@ func (in *intake) closedLocked(c *call) {
 // abandon is called when the caller does not wait any longer.
 func (in *intake) abandon(c *call) {
 	in.mu.Lock()
-	select {
-	case <-c.done:
+	if in.findLocked(c.number) != c || !c.abandoned.IsZero() {
 		in.mu.Unlock()
-		return
-	default:
+		return // it has its outcome
 	}
+	to, o := in.giveUpLocked(c)
+	in.unlock()
+	if to != "" {
+		in.sender.withdraw(to, o)
+	}
+}
+
+// giveUpLocked ends a call before its outcome is known, and returns what to withdraw from which node.
+func (in *intake) giveUpLocked(c *call) (to engine.NodeID, o *op) {
 	var err *errs.Error
 	possible := !c.takeBackLocked()
 	switch {
@@ -361,23 +539,16 @@ func (in *intake) abandon(c *call) {
 	if err.Code != errs.OutcomeUnknown {
 		err.RetryAfter = time.Second
 	}
-	c.err = err
-	to, o := c.sentTo, c.present
-	wait := possible && (c.kind == engine.CmdReceive || c.kind == engine.CmdReceiveID)
-	if wait {
+	to, o = c.sentTo, c.present
+	if possible && (c.kind == engine.CmdReceive || c.kind == engine.CmdReceiveID) {
 		// Whether it leased something will be known, and is then given back.
 		c.abandoned = in.now()
-	} else {
-		in.forgetLocked(c)
-		in.bytes -= int64(len(c.cmd))
-		c.isHeld = false
-		c.abandoned = in.now()
+		in.tellLocked(c, Reply{}, err)
+		return to, o
 	}
-	close(c.done)
-	in.mu.Unlock()
-	if to != "" {
-		in.sender.withdraw(to, o)
-	}
+	in.endLocked(c, Reply{}, err)
+	c.abandoned = in.now()
+	return to, o
 }
 
 // setRoute says who leads. Everything outstanding goes to a new leader under its number: the old one may be
@@ -441,7 +612,7 @@ func (in *intake) refuse(err *errs.Error) {
 			}
 		}
 	}
-	in.mu.Unlock()
+	in.unlock()
 	for _, s := range waiting {
 		in.sender.withdraw(s.to, s.o)
 	}
@@ -473,46 +644,84 @@ func (in *intake) run(stop <-chan struct{}) {
 	}
 }
 
-// flush sends the held calls whose time has come, in the order of their numbers, and returns when the next one
-// is due.
+// deadlineEvery is how often the deadlines of submitted calls are looked at.
+const deadlineEvery = 100 * time.Millisecond
+
+// flush sends the held calls whose time has come, in the order of their numbers, gives up those whose deadline is
+// over, and returns when to look again.
 func (in *intake) flush() (time.Duration, bool) {
+	in.expire()
 	now := in.now()
 	in.mu.Lock()
+	defer in.unlock()
 	in.sweepLocked(now)
+	var next time.Duration
+	if in.timed > 0 {
+		next = deadlineEvery
+	}
 	if in.id == 0 || in.route.node == "" || len(in.held) == 0 {
 		in.held = compact(in.held)
-		in.mu.Unlock()
-		return 0, false
+		return next, next > 0
 	}
-	var batch []*call
+	slices.SortFunc(in.held, func(a, b *call) int { return cmp.Compare(a.number, b.number) })
+	var batch []*op
 	rest := in.held[:0]
-	var next time.Duration
+	blocked := false // an ordered call waits: those behind it do as well
 	for _, c := range in.held {
-		switch wait := againDelay - now.Sub(c.heldAt); {
+		wait := againDelay - now.Sub(c.heldAt)
+		switch {
 		case !c.isHeld:
+		case c.ordered && blocked:
+			rest = append(rest, c)
 		case c.sent > 0 && wait > 0:
 			rest = append(rest, c)
+			blocked = blocked || c.ordered
 			if next == 0 || wait < next {
 				next = wait
 			}
+		case c.ordered:
+			in.unholdLocked(c)
+			in.passLocked(c)
 		default:
-			batch = append(batch, c)
+			batch = append(batch, in.sendLocked(c))
 		}
 	}
 	clear(in.held[len(rest):])
 	in.held = rest
 	to := in.route.node
-	ops := make([]*op, len(batch))
-	for i, c := range batch {
-		ops[i] = in.sendLocked(c)
+	if len(batch) > 0 {
+		in.unlock()
+		in.sendAll(to, batch)
+		in.mu.Lock()
 	}
-	in.mu.Unlock()
-	if len(ops) > 0 && !in.sender.send(to, ops) {
-		for _, o := range ops {
-			in.complete(o.number, o.attempt, Reply{}, outcome{kind: again, proposed: o.repeat})
+	in.pumpLocked()
+	return next, next > 0
+}
+
+// expire gives up the calls whose deadline is over.
+func (in *intake) expire() {
+	type withdrawal struct {
+		to engine.NodeID
+		o  *op
+	}
+	var out []withdrawal
+	in.mu.Lock()
+	if in.timed > 0 {
+		now := in.now()
+		for n := in.lowest; n < in.next; n++ {
+			c := in.calls[n%uint64(len(in.calls))]
+			if c == nil || c.deadline.IsZero() || !c.abandoned.IsZero() || now.Before(c.deadline) {
+				continue
+			}
+			if to, o := in.giveUpLocked(c); to != "" {
+				out = append(out, withdrawal{to, o})
+			}
 		}
 	}
-	return next, next > 0
+	in.unlock()
+	for _, w := range out {
+		in.sender.withdraw(w.to, w.o)
+	}
 }
 
 // sweepLocked forgets abandoned calls whose outcome does not come.
@@ -547,7 +756,7 @@ func compact(held []*call) []*call {
 // close ends everything outstanding: what may have been proposed as unknown, the rest with err.
 func (in *intake) close(err *errs.Error) {
 	in.mu.Lock()
-	defer in.mu.Unlock()
+	defer in.unlock()
 	if in.closing == nil {
 		in.closing = err
 	}

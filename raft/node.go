@@ -88,6 +88,8 @@ type Node struct {
 	reads  *readRounds
 	meter  logMeter
 
+	watches watches
+
 	// serviceMu orders the openings and closings of the service.
 	serviceMu sync.Mutex
 	// leadAt is when the service last began to open.
@@ -118,6 +120,7 @@ type Node struct {
 	lastLeader, former engine.NodeID
 	// Of tick alone.
 	membersNext time.Time
+	shownLeader engine.NodeID
 	opening     struct {
 		number uint64
 		route  route
@@ -275,7 +278,7 @@ func (n *Node) start(ctx context.Context) error {
 		return err
 	}
 	n.mesh = peer.New(peer.Options{ID: peerID(n.id), Zone: cfg.Zone, Cluster: n.dir.id.Cluster, Listener: listener,
-		Dial: cfg.test.dial, Logger: n.log, Observe: n.observe, Forward: n.forward, Introduce: n.introduce})
+		Dial: cfg.test.dial, Logger: n.log, Observe: n.observe, Take: n.take, Forward: n.forward, Introduce: n.introduce})
 	if err := n.openStorage(); err != nil {
 		return err
 	}
@@ -579,18 +582,19 @@ func (n *Node) now() time.Time { return time.Now() }
 // running reports whether requests of other nodes can be served.
 func (n *Node) running() bool { return n.ready.Load() && !n.closing.Load() }
 
-// spawn runs f on a goroutine that Close waits for, unless the node is closing.
-func (n *Node) spawn(f func()) {
+// spawn runs f on a goroutine that Close waits for, unless the node is closing: then it reports false.
+func (n *Node) spawn(f func()) bool {
 	n.spawnMu.Lock()
 	defer n.spawnMu.Unlock()
 	if n.closing.Load() {
-		return
+		return false
 	}
 	n.wg.Add(1)
 	go func() {
 		defer n.wg.Done()
 		f()
 	}()
+	return true
 }
 
 // logEvery logs a warning, at most once in ten seconds for each key.
@@ -608,19 +612,74 @@ func (n *Node) logEvery(key, msg string, args ...any) {
 // *errs.Error: an outcome of None means that nothing happened and nothing will. A result that refuses the command
 // comes as Reply.Code with a nil error.
 func (n *Node) Propose(ctx context.Context, p Proposal) (Reply, error) {
+	c, err := n.newCall(p)
+	if err != nil {
+		return Reply{}, err
+	}
+	reply, refused := n.intake.do(ctx, c)
+	if refused != nil {
+		return Reply{}, refused
+	}
+	if c.isLocal && len(reply.Deliveries) > 0 {
+		if err := n.load(reply.Deliveries); err != nil {
+			return Reply{}, err
+		}
+	}
+	return reply, nil
+}
+
+// Submit has a command applied as Propose does, without waiting for it: done is called with the outcome, once, from
+// any goroutine, possibly before Submit returns. It must not block.
+//
+// Commands submitted through one node are applied in the order in which Submit was called, whoever leads and however
+// often that changes; those that come close together share entries of the log. What is refused with an outcome of None
+// leaves the others where they are. A receive that waits (Proposal.Wait) is not part of the order: it is served when
+// there is something for it. Commands passed to Propose are ordered only by its returning.
+func (n *Node) Submit(p Proposal, done func(Reply, error)) {
+	c, err := n.newCall(p)
+	if err != nil {
+		done(Reply{}, err)
+		return
+	}
+	c.ordered = c.waitUntil.IsZero()
+	if p.Timeout > 0 {
+		c.deadline = n.now().Add(p.Timeout)
+	}
+	c.notify = func(c *call) {
+		switch {
+		case c.err != nil:
+			done(Reply{}, c.err)
+		case !c.isLocal || len(c.reply.Deliveries) == 0:
+			done(c.reply, nil)
+		case !n.spawn(func() {
+			if err := n.load(c.reply.Deliveries); err != nil {
+				done(Reply{}, err)
+				return
+			}
+			done(c.reply, nil)
+		}):
+			done(Reply{}, errs.Of(errs.OutcomeUnknown).With(ErrClosed))
+		}
+	}
+	n.intake.submit(c)
+}
+
+// newCall makes a call of a proposal, if clients may propose it.
+func (n *Node) newCall(p Proposal) (*call, error) {
 	c := &call{cmd: p.Command, require: p.Require}
 	probe := op{cmd: p.Command}
 	if err := probe.inspect(); err != nil {
-		return Reply{}, errs.Of(errs.BadRequest).With(err)
+		return nil, errs.Of(errs.BadRequest).With(err)
 	}
 	switch probe.kind {
-	case engine.CmdPublish, engine.CmdReceiveID, engine.CmdSettle, engine.CmdTick, engine.CmdLevel:
+	case engine.CmdInit, engine.CmdOpenIntake, engine.CmdShrink, engine.CmdExpand:
+		return nil, errs.New(errs.BadRequest, "command kind %d is not for clients", probe.kind)
 	case engine.CmdReceive:
 		wait := p.Wait > 0
 		if probe.receive.Park != wait {
 			cmd, err := engine.WithPark(p.Command, wait)
 			if err != nil {
-				return Reply{}, errs.From(err)
+				return nil, errs.From(err)
 			}
 			c.cmd, probe.receive.Park = cmd, wait
 		}
@@ -630,22 +689,12 @@ func (n *Node) Propose(ctx context.Context, p Proposal) (Reply, error) {
 		}
 	case engine.CmdAdvance:
 		if !n.cfg.VirtualClock {
-			return Reply{}, errs.New(errs.Unsupported, "the clock is not virtual")
+			return nil, errs.New(errs.Unsupported, "the clock is not virtual")
 		}
 	default:
-		return Reply{}, errs.New(errs.BadRequest, "command kind %d is not for clients", probe.kind)
 	}
 	c.kind, c.topic, c.ref, c.count, c.receive = probe.kind, probe.topic, probe.ref, probe.count, probe.receive
-	reply, err := n.intake.do(ctx, c)
-	if err != nil {
-		return Reply{}, err
-	}
-	if c.isLocal && len(reply.Deliveries) > 0 {
-		if err := n.load(reply.Deliveries); err != nil {
-			return Reply{}, err
-		}
-	}
-	return reply, nil
+	return c, nil
 }
 
 // release gives back what a receive was given whose client is gone.

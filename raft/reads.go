@@ -127,6 +127,18 @@ func (n *Node) Query(ctx context.Context, q engine.Query) (engine.Answer, error)
 	}
 }
 
+// StaleQuery reads what this node has applied, which may be behind what was acknowledged.
+func (n *Node) StaleQuery(q engine.Query) (engine.Answer, error) {
+	if q.Now == 0 {
+		q.Now = n.clock.now().Cluster
+	}
+	a, err := n.eng.Query(q)
+	if err != nil {
+		return engine.Answer{}, errs.From(err)
+	}
+	return a, nil
+}
+
 // tryQuery asks the leader of the moment once.
 func (n *Node) tryQuery(ctx context.Context, q *engine.Query) (engine.Answer, error) {
 	leader := n.leaderNow()

@@ -31,6 +31,10 @@ type op struct {
 	// repeat is set when an earlier leader may have proposed the command already: it may then not be
 	// refused as if nothing had happened.
 	repeat bool
+	// ordered ops are accepted in the order of their numbers. after is the one before this whose outcome the origin
+	// awaited when it sent this one, 0 for none; floor is the first one of all those, this one included.
+	ordered      bool
+	after, floor uint64
 	// urgent ops go before the queue and are exempt from back-pressure: changes of the in-sync set.
 	urgent bool
 

@@ -18,8 +18,9 @@ import (
 // accept takes an op on the node that leads, from its own intake or another node's.
 func (n *Node) accept(o *op) {
 	// A repeat is always proposed: an earlier leader's entry may have leased something under its number.
-	// A poll that may run into a bound on concurrency is too: its answer says so.
-	if o.receive != nil && !o.repeat && n.coal.isOpen() && (o.receive.MaxConcurrency == 0 || !o.parkUntil.IsZero()) {
+	// A poll that may run into a bound on concurrency is too: its answer says so. An ordered one has to see what was
+	// submitted before it, which may not be applied yet.
+	if o.receive != nil && !o.repeat && !o.ordered && n.coal.isOpen() && (o.receive.MaxConcurrency == 0 || !o.parkUntil.IsZero()) {
 		// A poll that finds nothing costs no entry: it is answered, or parked, from the applied state. It has
 		// to be proposed when it creates the group, and engine.Park says no to that.
 		place := parked
@@ -110,6 +111,15 @@ func (n *Node) noteEffects(fx *engine.Effects) {
 		n.metrics.inSync.Set(float64(len(set.Nodes)))
 		n.requireSet(set)
 		n.acks.advance()
+	}
+	for _, topic := range fx.Appended {
+		n.watches.signal(WatchTopic, topic)
+	}
+	if fx.Topics {
+		n.watches.signal(WatchTopics, "")
+	}
+	for _, table := range fx.Documents {
+		n.watches.signal(WatchDocuments, table)
 	}
 	for _, ref := range fx.Deliverable {
 		n.coal.lot.wake(ref)
@@ -261,6 +271,7 @@ func (n *Node) opened(term uint64) {
 		mode = paused
 	}
 	n.coal.setMode(mode)
+	n.watches.signal(WatchLeader, "")
 	n.log.Info("open for service", "term", term)
 }
 
@@ -280,6 +291,7 @@ func (n *Node) closeService() {
 	}
 	n.coal.setMode(closed)
 	n.acks.setClosed(true)
+	n.watches.signal(WatchLeader, "")
 	n.policyMu.Lock()
 	n.policy.follow()
 	n.policyMu.Unlock()
@@ -408,6 +420,10 @@ func (n *Node) updateRoute() {
 		n.policyMu.Lock()
 		n.former, n.lastLeader = n.lastLeader, node
 		n.policyMu.Unlock()
+	}
+	if node != n.shownLeader {
+		n.shownLeader = node
+		n.watches.signal(WatchLeader, "")
 	}
 	if node == n.id && n.stalled.Load() {
 		node = ""

@@ -122,6 +122,8 @@ type Proposal struct {
 	Require Require
 	// Wait makes an engine.Receive that finds nothing wait this long for something to be delivered.
 	Wait time.Duration
+	// Timeout is how long Submit awaits the outcome, 0 for as long as the node runs. Propose has its context instead.
+	Timeout time.Duration
 }
 
 // Reply is the result of a proposal.

@@ -36,6 +36,10 @@ type Options struct {
 	// Observe, if not nil, is told what the links find out. It is called from the links' goroutines and must not
 	// block.
 	Observe func(Event)
+	// Take, if not nil, is offered each forwarded request first, in the order of arrival on its connection and on that
+	// connection's goroutine: it must not block. If it reports true it has taken the request and answers it whenever
+	// it likes; else the request goes to Forward.
+	Take func(r *Request) bool
 	// Forward and Introduce serve forwarded requests and introductions; nil refuses them.
 	Forward   ForwardHandler
 	Introduce IntroduceHandler

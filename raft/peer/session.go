@@ -65,11 +65,25 @@ type Request struct {
 	Body []byte
 
 	answered atomic.Bool
+	// counted is set while the request is among the forwarded ones in hand.
+	counted bool
+}
+
+// answer reports whether this is the first answer.
+func (r *Request) answer() bool {
+	if !r.answered.CompareAndSwap(false, true) {
+		return false
+	}
+	if r.counted {
+		r.Session.mesh.forwarding.Add(-1)
+		r.Session.mesh.forwardBytes.Add(-int64(len(r.Body)))
+	}
+	return true
 }
 
 // Reply answers the request. It never blocks and may be called from any goroutine; only the first answer counts.
 func (r *Request) Reply(body ...[]byte) {
-	if r.answered.CompareAndSwap(false, true) {
+	if r.answer() {
 		if err := r.Session.send(r.Kind, flagReply, r.Shard, r.Number, body); err != nil {
 			if _, tooLarge := errors.AsType[*FrameError](err); tooLarge {
 				_ = r.Session.send(r.Kind, flagReply|flagError, r.Shard, r.Number,
@@ -81,7 +95,7 @@ func (r *Request) Reply(body ...[]byte) {
 
 // Fail answers the request with a *RemoteError.
 func (r *Request) Fail(code Code, text string) {
-	if r.answered.CompareAndSwap(false, true) {
+	if r.answer() {
 		_ = r.Session.send(r.Kind, flagReply|flagError, r.Shard, r.Number, [][]byte{encodeRemoteError(code, text)})
 	}
 }
@@ -143,15 +157,13 @@ func (s *Session) forward(r *Request) {
 		r.Fail(CodeUnbound, "this node takes no forwarded requests")
 		return
 	}
-	size := int64(len(r.Body))
-	count, bytes := m.forwarding.Add(1), m.forwardBytes.Add(size)
-	release := func() {
-		m.forwarding.Add(-1)
-		m.forwardBytes.Add(-size)
-	}
+	r.counted = true
+	count, bytes := m.forwarding.Add(1), m.forwardBytes.Add(int64(len(r.Body)))
 	if count > int64(m.o.ForwardMax) || bytes > m.o.ForwardBytesMax {
-		release()
 		r.Fail(CodeBusy, "too many forwarded requests")
+		return
+	}
+	if m.o.Take != nil && m.o.Take(r) {
 		return
 	}
 	ctx, cancel := context.WithCancel(s.ctx)
@@ -166,7 +178,7 @@ func (s *Session) forward(r *Request) {
 	s.mu.Unlock()
 	if twice {
 		cancel()
-		release()
+		r.Fail(CodeFailed, "sent twice")
 		s.end(&FrameError{Reason: fmt.Sprintf("request %d was sent twice", r.Number)})
 		return
 	}
@@ -178,7 +190,6 @@ func (s *Session) forward(r *Request) {
 		delete(s.mu.forwarded, r.Number)
 		s.mu.Unlock()
 		cancel()
-		release()
 		if err != nil {
 			r.Fail(CodeFailed, err.Error())
 			return
