@@ -14,60 +14,49 @@ import (
 
 	"tercet.dev/tercet/engine"
 	"tercet.dev/tercet/internal/errs"
-	"tercet.dev/tercet/internal/limits"
 	"tercet.dev/tercet/raft"
 	"tercet.dev/tercet/server/wire"
 )
 
-// routeAdmin routes below /v1/. A topic here may be any key of the Valkey front end, percent-encoded.
-func (x *exchange) routeAdmin(rest string, escaped bool) (handler, Access, *errs.Error) {
-	var seg [5]string
-	n := segments(rest, escaped, seg[:])
-	get := func(access Access, h handler) (handler, Access, *errs.Error) {
-		return x.methods(opAdmin, access, "GET, HEAD", h)
-	}
-	switch {
-	case n == 1 && seg[0] == "node":
-		return get(Admin, (*exchange).showNode)
-	case n == 1 && seg[0] == "cluster":
-		return get(Admin, (*exchange).showCluster)
-	case n == 2 && seg[0] == "cluster" && seg[1] == "members":
-		return x.methods(opAdmin, Admin, "POST", (*exchange).addMember)
-	case n == 3 && seg[0] == "cluster" && seg[1] == "members":
-		x.tail = seg[2]
-		return x.methods(opAdmin, Admin, "DELETE", (*exchange).removeMember)
-	case n == 4 && seg[0] == "cluster" && seg[1] == "members" && seg[3] == "replace":
-		x.tail = seg[2]
-		return x.methods(opAdmin, Admin, "POST", (*exchange).replaceMember)
-	case n == 2 && seg[0] == "cluster" && seg[1] == "transfer":
-		return x.methods(opAdmin, Admin, "POST", (*exchange).transfer)
-	case n == 2 && seg[0] == "clock" && seg[1] == "advance":
-		return x.methods(opAdmin, Admin, "POST", (*exchange).advanceClock)
-	case n == 1 && seg[0] == "topics":
-		return get(Admin, (*exchange).listTopics)
-	case n >= 2 && seg[0] == "topics":
-		if x.topic = seg[1]; len(x.topic) == 0 || len(x.topic) > limits.KeyBytesMax {
-			x.op = opAdmin
-			return nil, 0, errs.New(errs.InvalidName, "a topic's name has 1 to %d bytes", limits.KeyBytesMax)
-		}
-		switch {
-		case n == 2:
-			return get(Consume, (*exchange).showTopic)
-		case n == 3 && seg[2] == "groups":
-			return get(Consume, (*exchange).listGroups)
-		case n == 4 && seg[2] == "groups":
-			x.group = seg[3]
-			return get(Consume, (*exchange).showGroup)
-		case n == 3 && seg[2] == "messages":
-			return get(Consume, (*exchange).browse)
+// ownPaths are the paths below /v1 that the server itself answers.
+func ownPaths() (paths adminPaths, err error) {
+	for _, r := range []struct {
+		method, pattern string
+		access          Access
+		handle          handler
+	}{
+		{"GET", "/v1/openapi.yaml", 0, (*exchange).openAPIYAML},
+		{"GET", "/v1/openapi.json", 0, (*exchange).openAPIJSON},
+
+		{"GET", "/v1/node", Admin, (*exchange).showNode},
+		{"GET", "/v1/cluster", Admin, (*exchange).showCluster},
+		{"POST", "/v1/cluster/members", Admin, (*exchange).addMember},
+		{"DELETE", "/v1/cluster/members/{id}", Admin, (*exchange).removeMember},
+		{"POST", "/v1/cluster/members/{id}/replace", Admin, (*exchange).replaceMember},
+		{"POST", "/v1/cluster/transfer", Admin, (*exchange).transfer},
+		{"POST", "/v1/clock/advance", Admin, (*exchange).advanceClock},
+
+		{"GET", "/v1/topics", Look | someTopics, (*exchange).listTopics},
+		{"GET", "/v1/topics/{topic}", Look, (*exchange).showTopic},
+		{"GET", "/v1/topics/{topic}/groups", Look, (*exchange).listGroups},
+		{"GET", "/v1/topics/{topic}/groups/{group}", Look, (*exchange).showGroup},
+		{"GET", "/v1/topics/{topic}/messages", Receive, (*exchange).browse},
+	} {
+		if err := paths.add(r.method, r.pattern, r.access, r.handle); err != nil {
+			return nil, err
 		}
 	}
-	x.op = opOther
-	return nil, 0, errs.Of(errs.NotFound)
+	return paths, nil
 }
 
 // answerJSON answers 200 with a document.
 func (x *exchange) answerJSON(document any) { x.answerStatus(http.StatusOK, document) }
+
+// noContent answers 204.
+func (x *exchange) noContent() {
+	x.w.Header()[wire.HeaderRequestID] = []string{x.requestID()}
+	x.w.WriteHeader(http.StatusNoContent)
+}
 
 func (x *exchange) answerStatus(status int, document any) {
 	body, err := json.Marshal(document)
@@ -174,10 +163,10 @@ func (x *exchange) addMember() {
 }
 
 // removeMember answers DELETE /v1/cluster/members/{id}.
-func (x *exchange) removeMember() { x.member(x.tail, x.s.backend.RemoveMember) }
+func (x *exchange) removeMember() { x.member(x.param("id"), x.s.backend.RemoveMember) }
 
 // replaceMember answers POST /v1/cluster/members/{id}/replace.
-func (x *exchange) replaceMember() { x.member(x.tail, x.s.backend.ReplaceMember) }
+func (x *exchange) replaceMember() { x.member(x.param("id"), x.s.backend.ReplaceMember) }
 
 // transfer answers POST /v1/cluster/transfer {"id"}; without an id the most advanced node is chosen.
 func (x *exchange) transfer() {
@@ -273,10 +262,12 @@ func (x *exchange) listTopics() {
 	}
 	out := wire.Topics{Topics: make([]wire.Topic, 0, len(answer.Topics))}
 	for i := range answer.Topics {
-		out.Topics = append(out.Topics, topicOf(&answer.Topics[i]))
+		if x.principal.Allows(Look, answer.Topics[i].Name) {
+			out.Topics = append(out.Topics, topicOf(&answer.Topics[i]))
+		}
 	}
-	if n := len(out.Topics); answer.More && n > 0 {
-		out.Next = out.Topics[n-1].Name
+	if n := len(answer.Topics); answer.More && n > 0 {
+		out.Next = answer.Topics[n-1].Name
 	}
 	x.answerJSON(out)
 }

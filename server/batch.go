@@ -84,6 +84,10 @@ func (x *exchange) sendBatch() {
 		x.fail(e)
 		return
 	}
+	if e := x.meter(len(buf.b)); e != nil {
+		x.fail(e)
+		return
+	}
 	var published engine.Published
 	if len(b.messages) > 0 {
 		publish := engine.Publish{Topic: x.topic, Messages: b.messages}

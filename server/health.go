@@ -110,7 +110,7 @@ func (x *exchange) topicMetrics() {
 	registry := prometheus.NewRegistry()
 	c := &topicCollector{}
 	for _, t := range answer.Topics {
-		if wild && !strings.HasPrefix(t.Name, prefix) || !wild && t.Name != pattern {
+		if wild && !strings.HasPrefix(t.Name, prefix) || !wild && t.Name != pattern || !x.principal.Allows(Look, t.Name) {
 			continue
 		}
 		groups, err := x.s.backend.Query(ctx, engine.Query{Kind: engine.QueryGroups, Topic: t.Name, Max: topicMetricsMax})

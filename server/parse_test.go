@@ -189,12 +189,16 @@ func FuzzPath(f *testing.F) {
 	for _, p := range []string{"/api/v3/topic/a", "/api/v3/topic/a%2Fb", "/api/v3/topic/a/consumer/b/lease/%2e%2e%2f", "/api/v3/topic/%", "/v1/topics/a%2Fb/messages", "//api/v3/topic/a", "/api/v3/topic/a/consumer/b/id/"} {
 		f.Add(p, "POST")
 	}
+	s, err := New(Options{Backend: &fakeBackend{}})
+	if err != nil {
+		f.Fatal(err)
+	}
 	f.Fuzz(func(t *testing.T, path, method string) {
 		u, err := url.ParseRequestURI(path)
 		if err != nil {
 			return
 		}
-		x := &exchange{r: &http.Request{Method: method, URL: u, Header: http.Header{}}}
+		x := &exchange{s: s, r: &http.Request{Method: method, URL: u, Header: http.Header{}}}
 		h, _, e := x.route()
 		if (h == nil) == (e == nil) {
 			t.Fatalf("%s %s: handler %v, error %v", method, path, h != nil, e)

@@ -43,6 +43,10 @@ func (x *exchange) send() {
 		x.fail(e)
 		return
 	}
+	if e := x.meter(len(buf.b)); e != nil {
+		x.fail(e)
+		return
+	}
 	msg.Body = buf.b
 	publish := engine.Publish{Topic: x.topic, Messages: []engine.NewMessage{msg}}
 	size := len(x.topic) + len(msg.ContentType) + len(msg.Key) + len(msg.Deployment) + len(msg.Body) + 64

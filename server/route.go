@@ -40,11 +40,11 @@ func (x *exchange) route() (handler, Access, *errs.Error) {
 	case "/healthz":
 		return x.methods(opHealth, 0, "GET, HEAD", (*exchange).healthz)
 	case "/metrics":
-		return x.methods(opOther, Admin, "GET, HEAD", (*exchange).showMetrics)
+		return x.methods(opOther, Look, "GET, HEAD", (*exchange).showMetrics)
 	case "/metrics/topics":
-		return x.methods(opOther, Admin, "GET, HEAD", (*exchange).topicMetrics)
+		return x.methods(opOther, Look|someTopics, "GET, HEAD", (*exchange).topicMetrics)
 	case "/":
-		return x.methods(opOther, Admin, "GET, HEAD", (*exchange).statusPage)
+		return x.methods(opOther, Look, "GET, HEAD", (*exchange).statusPage)
 	}
 	x.op = opOther
 	return nil, 0, errs.Of(errs.NotFound)
@@ -108,20 +108,20 @@ func (x *exchange) routeTopic(rest string, escaped bool) (handler, Access, *errs
 		x.group = seg[2]
 		switch {
 		case n == 3:
-			h, access, e = x.methods(opReceive, Consume, "POST", (*exchange).receive)
+			h, access, e = x.methods(opReceive, Receive, "POST", (*exchange).receive)
 		case n == 5 && seg[3] == "id":
 			x.tail = seg[4]
-			h, access, e = x.methods(opReceiveID, Consume, "POST", (*exchange).receiveID)
+			h, access, e = x.methods(opReceiveID, Receive, "POST", (*exchange).receiveID)
 		case n == 5 && seg[3] == "lease":
 			x.tail = seg[4]
 			if x.r.Method == http.MethodPatch {
-				h, access, e = x.methods(opExtend, Consume, "PATCH", (*exchange).extend)
+				h, access, e = x.methods(opExtend, Receive, "PATCH", (*exchange).extend)
 			} else {
-				h, access, e = x.methods(opAcknowledge, Consume, "DELETE, PATCH", (*exchange).acknowledge)
+				h, access, e = x.methods(opAcknowledge, Receive, "DELETE, PATCH", (*exchange).acknowledge)
 			}
 		case n == 6 && seg[3] == "lease" && seg[5] == "visibility":
 			x.tail = seg[4]
-			h, access, e = x.methods(opExtend, Consume, "PATCH", (*exchange).extend)
+			h, access, e = x.methods(opExtend, Receive, "PATCH", (*exchange).extend)
 		}
 	}
 	if e != nil {
@@ -141,10 +141,10 @@ func (x *exchange) routeTopic(rest string, escaped bool) (handler, Access, *errs
 }
 
 // checkHost refuses a request addressed to a host that is not this node. A page in a browser can make a name of its
-// own resolve to 127.0.0.1 (DNS rebinding), but it cannot change the Host header. With an Authorizer, whoever has no
-// token gets nowhere anyway, and the names a proxy uses need not be known here.
+// own resolve to 127.0.0.1 (DNS rebinding), but it cannot change the Host header. Where authentication is required, whoever has
+// no token gets nowhere anyway, and the names a proxy uses need not be known here.
 func (s *Server) checkHost(r *http.Request) *errs.Error {
-	if s.authorizer != nil {
+	if s.authorizer != nil && s.authorizer.Required() {
 		return nil
 	}
 	if seen := s.hostSeen.Load(); seen != nil && *seen == r.Host {

@@ -17,6 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"tercet.dev/tercet/internal/errs"
+	"tercet.dev/tercet/server/auth"
 	"tercet.dev/tercet/server/wire"
 )
 
@@ -32,9 +33,11 @@ type Options struct {
 	// registry of the server's own.
 	Registerer prometheus.Registerer
 	Gatherer   prometheus.Gatherer
-	// Authorizer decides who may do what. Without one everything is allowed and an Authorization header is
+	// Authorizer tells who makes a request. Without one everything is allowed and an Authorization header is
 	// accepted and ignored.
 	Authorizer Authorizer
+	// Extensions add paths below /v1.
+	Extensions []Extension
 	// PublicHosts are host names, besides IP literals and localhost, that requests may be addressed to.
 	PublicHosts []string
 	// VirtualClock offers POST /v1/clock/advance.
@@ -102,22 +105,26 @@ const headerBytesMax = 60 << 10
 const headerCountMax = 256
 
 // Access is what a request wants to do.
-type Access uint8
+type Access = auth.Access
 
-// The kinds of access. Health probes ask for none.
+// The kinds of access. Health probes and the OpenAPI document ask for none.
 const (
-	// Publish sends messages to a topic.
-	Publish Access = iota + 1
-	// Consume receives, settles, or looks at messages of a topic.
-	Consume
-	// Admin changes or shows the cluster.
-	Admin
+	Publish = auth.Publish
+	Receive = auth.Receive
+	Admin   = auth.Admin
+	Look    = auth.Look
 )
 
-// An Authorizer decides whether a request may have the access it needs. Topic is empty for Admin. It returns nil or
-// an *errs.Error of code Unauthorized or Forbidden.
+// someTopics marks the access of a path that names no topic itself: the handler shows only what the client may see.
+const someTopics Access = 0x80
+
+// An Authorizer tells who makes a request. *auth.Authenticator is one.
 type Authorizer interface {
-	Authorize(r *http.Request, access Access, topic string) error
+	// Authenticate returns whose request it is, nil while nobody has to say who they are, or an *errs.Error of code
+	// Unauthorized. What they may do is the server's to check.
+	Authenticate(r *http.Request) (*auth.Principal, error)
+	// Required reports whether requests without credentials are refused.
+	Required() bool
 }
 
 // Server answers HTTP for one node. It is an http.Handler; Serve runs it on listeners with the timeouts and
@@ -134,6 +141,8 @@ type Server struct {
 	hosts      map[string]bool
 	hostSeen   atomic.Pointer[string]
 	keyed      atomic.Pointer[keyed]
+	paths      adminPaths
+	openAPI    func() (openAPI, error)
 	virtual    bool
 	limits     Limits
 	load       load
@@ -174,6 +183,23 @@ func New(o Options) (*Server, error) {
 		virtual:    o.VirtualClock,
 		limits:     o.Limits,
 	}
+	var err error
+	if s.paths, err = ownPaths(); err != nil {
+		return nil, fmt.Errorf("server: %w", err)
+	}
+	for _, extension := range o.Extensions {
+		for i := range extension.Routes {
+			r := &extension.Routes[i]
+			access := r.Access
+			if r.Scoped {
+				access |= someTopics
+			}
+			if err := s.paths.add(r.Method, r.Pattern, access, r.handler()); err != nil {
+				return nil, fmt.Errorf("server: %w", err)
+			}
+		}
+	}
+	s.openAPI = sync.OnceValues(func() (openAPI, error) { return assembleOpenAPI(o.Extensions) })
 	s.load.init(&s.limits)
 	for _, h := range o.PublicHosts {
 		s.hosts[normalHost(h)] = true
@@ -182,7 +208,6 @@ func New(o Options) (*Server, error) {
 	rand.Read(random[:])
 	s.idPrefix = hex.EncodeToString(random[:]) + "-"
 	s.drained, s.drain = context.WithCancelCause(context.Background())
-	var err error
 	if s.metrics, err = newMetrics(o.Registerer, s); err != nil {
 		return nil, fmt.Errorf("server: %w", err)
 	}
@@ -254,8 +279,14 @@ type exchange struct {
 	allow string
 	id    string
 
-	// From the path, decoded and checked. tail is a message id or a receipt handle.
+	// From the path, decoded and checked. tail is a message id or a receipt handle of the queue protocol; path and params
+	// are those of /v1.
 	topic, group, tail string
+	path               *adminPath
+	params             []string
+
+	// principal is who asks; nil may do everything.
+	principal *auth.Principal
 
 	// bytes is what this request holds of the budget of bytes in memory.
 	bytes int64
@@ -297,15 +328,54 @@ func (x *exchange) serve() {
 		e = checkOrigin(r)
 	}
 	if e == nil && s.authorizer != nil && access != 0 {
-		if err := s.authorizer.Authorize(r, access, x.topic); err != nil {
-			e = errs.From(err)
-		}
+		e = x.authorize(access)
 	}
 	if e != nil {
 		x.fail(e)
 		return
 	}
 	handle(x)
+}
+
+// authorize finds out who asks and whether they may.
+func (x *exchange) authorize(access Access) *errs.Error {
+	p, err := x.s.authorizer.Authenticate(x.r)
+	if err != nil {
+		return errs.From(err)
+	}
+	x.principal = p
+	allowed := false
+	if access&someTopics != 0 {
+		allowed = p.AllowsSome(access)
+	} else {
+		allowed = p.Allows(access, x.topic)
+	}
+	if !allowed {
+		return errs.Of(errs.Forbidden)
+	}
+	if wait := p.Request(time.Now()); wait > 0 {
+		e := errs.Of(errs.RateLimited)
+		e.RetryAfter = wait
+		return e
+	}
+	return nil
+}
+
+// meter counts n bytes about to be published against the token's bounds.
+func (x *exchange) meter(n int) *errs.Error {
+	if x.principal == nil {
+		return nil
+	}
+	wait, quota := x.principal.Publish(time.Now(), int64(n))
+	if wait == 0 {
+		return nil
+	}
+	e := errs.Of(errs.RateLimited)
+	if quota {
+		e = errs.Of(errs.QuotaExceeded)
+	}
+	e.RetryAfter = wait
+	return e
 }
 
 // requestID returns the id by which the log and the client know this request: the client's own X-Request-Id when it

@@ -65,6 +65,8 @@ const (
 	Precondition
 	Internal
 	MisdirectedHost
+	RateLimited
+	QuotaExceeded
 	codeCount
 )
 
@@ -124,6 +126,8 @@ var catalogue = [codeCount]Info{
 	Precondition:        {"precondition", 412, None, "the request's condition does not hold", "look at the present state"},
 	Internal:            {"internal", 500, Unknown, "internal error", "look into the node's log for the request id"},
 	MisdirectedHost:     {"misdirected_host", 400, None, "the Host header names no address of this node", "address the node by IP address or localhost, or start it with --public-host NAME"},
+	RateLimited:         {"rate_limited", 429, None, "the token's rate limit is reached", "slow down and try again after Retry-After seconds"},
+	QuotaExceeded:       {"quota_exceeded", 429, None, "the token's quota for today is used up", "wait until midnight UTC, or have the quota raised"},
 }
 
 // Info returns the catalogue's entry; an unknown code reads as Internal.
