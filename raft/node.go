@@ -563,6 +563,10 @@ func (n *Node) load(ds []engine.Delivery) error {
 	return nil
 }
 
+// Load fills the contents of deliveries that were asked for without them. An error is errs.MessageNotFound when one of
+// them has expired meanwhile (Delivery.Gone).
+func (n *Node) Load(ds []engine.Delivery) error { return n.eng.Load(ds) }
+
 // foundedAs notes the cluster's id, once it is known from the replicated state.
 func (n *Node) foundedAs(id string) {
 	n.clusterID.Store(&id)
@@ -620,7 +624,7 @@ func (n *Node) Propose(ctx context.Context, p Proposal) (Reply, error) {
 	if refused != nil {
 		return Reply{}, refused
 	}
-	if c.isLocal && len(reply.Deliveries) > 0 {
+	if reply.Bare = p.Bare && c.isLocal; c.isLocal && len(reply.Deliveries) > 0 && !p.Bare {
 		if err := n.load(reply.Deliveries); err != nil {
 			return Reply{}, err
 		}

@@ -124,6 +124,8 @@ type Proposal struct {
 	Wait time.Duration
 	// Timeout is how long Submit awaits the outcome, 0 for as long as the node runs. Propose has its context instead.
 	Timeout time.Duration
+	// Bare leaves the contents of deliveries out where this node can load them later (Reply.Bare).
+	Bare bool
 }
 
 // Reply is the result of a proposal.
@@ -134,6 +136,8 @@ type Reply struct {
 	Index, Term uint64
 	// Zones is the number of zones that held the entry on disk when the reply was made.
 	Zones int
+	// Bare is set when the deliveries are without their contents: Node.Load fills them.
+	Bare bool
 }
 
 // Role is a node's part in the cluster at the moment.
