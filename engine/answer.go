@@ -76,6 +76,9 @@ func (e *Engine) query(q *Query) (Answer, []uint64, error) {
 		}
 		return a, nil, nil
 	}
+	if q.Kind == QueryDocuments {
+		return e.queryDocuments(q, limit), nil, nil
+	}
 	t := e.topics[q.Topic]
 	if t == nil {
 		if q.Kind == QueryPeek {
@@ -277,7 +280,12 @@ func AppendQuery(b []byte, q *Query) []byte {
 	b = appendBytes(b, q.After)
 	b = q.ID.append(b)
 	b = appendBytes(b, q.Deployment)
-	return appendVarint(b, q.Now)
+	b = appendVarint(b, q.Now)
+	b = appendBytes(b, q.Table)
+	b = appendBytes(b, q.Key)
+	b = q.Filter.append(b)
+	b = q.Parked.append(b)
+	return binary.AppendUvarint(b, q.DrainRate)
 }
 
 // DecodeQuery decodes what AppendQuery wrote.
@@ -287,7 +295,8 @@ func DecodeQuery(b []byte) (Query, error) {
 		return Query{}, errMalformed
 	}
 	q := Query{Kind: QueryKind(r.u8()), Topic: r.str(), Group: r.str(), Max: int(r.upTo(1 << 31)), From: r.uvarint(), After: r.str(),
-		ID: r.messageID(), Deployment: r.str(), Now: r.varint()}
+		ID: r.messageID(), Deployment: r.str(), Now: r.varint(), Table: r.str(), Key: r.str(), Filter: r.messageFilter(), Parked: r.parkedFilter(),
+		DrainRate: r.uvarint()}
 	if err := r.err(); err != nil {
 		return Query{}, err
 	}
@@ -310,6 +319,8 @@ func AppendAnswer(b []byte, a *Answer) []byte {
 		b = binary.AppendUvarint(b, t.Bytes)
 		b = binary.AppendUvarint(b, uint64(t.Groups))
 		b = appendVarint(b, t.OldestAt)
+		b = binary.AppendUvarint(b, t.Delayed)
+		b = t.Settings.append(b)
 	}
 	b = binary.AppendUvarint(b, uint64(len(a.Groups)))
 	for i := range a.Groups {
@@ -326,9 +337,16 @@ func AppendAnswer(b []byte, a *Answer) []byte {
 		b = binary.AppendUvarint(b, g.Redelivered)
 		b = binary.AppendUvarint(b, g.Acknowledged)
 		b = appendVarint(b, g.OldestAt)
+		b = binary.AppendUvarint(b, uint64(g.Parked))
+		b = binary.AppendUvarint(b, g.Expiring)
+		b = g.Settings.append(b)
 	}
 	b = binary.AppendUvarint(b, a.Next)
-	return appendBool(b, a.More)
+	b = appendBool(b, a.More)
+	b = appendDocuments(b, a.Documents)
+	b = appendParked(b, a.Parked)
+	b = a.Story.append(b)
+	return appendBytes(b, a.Last)
 }
 
 // DecodeAnswer decodes what AppendAnswer wrote. Bodies point into b.
@@ -340,14 +358,15 @@ func DecodeAnswer(b []byte) (Answer, error) {
 	a := Answer{Messages: r.deliveries()}
 	for range r.count(10) {
 		a.Topics = append(a.Topics, TopicInfo{Name: r.str(), Incarnation: r.uvarint(), First: r.uvarint(), Next: r.uvarint(), Last: r.streamID(),
-			Published: r.uvarint(), Bytes: r.uvarint(), Groups: int(r.upTo(1 << 40)), OldestAt: r.varint()})
+			Published: r.uvarint(), Bytes: r.uvarint(), Groups: int(r.upTo(1 << 40)), OldestAt: r.varint(), Delayed: r.uvarint(), Settings: r.topicSettings()})
 	}
 	for range r.count(13) {
 		a.Groups = append(a.Groups, GroupInfo{Topic: r.str(), Name: r.str(), Incarnation: r.uvarint(), Position: r.streamID(), Offset: r.uvarint(),
 			Ready: r.uvarint(), Unsettled: int(r.upTo(1 << 40)), Inflight: int(r.upTo(1 << 40)), Delivered: r.uvarint(), Redelivered: r.uvarint(),
-			Acknowledged: r.uvarint(), OldestAt: r.varint()})
+			Acknowledged: r.uvarint(), OldestAt: r.varint(), Parked: int(r.upTo(1 << 40)), Expiring: r.uvarint(), Settings: r.groupSettings()})
 	}
 	a.Next, a.More = r.uvarint(), r.bool()
+	a.Documents, a.Parked, a.Story, a.Last = r.documents(), r.parkedMessages(), r.story(), r.str()
 	if err := r.err(); err != nil {
 		return Answer{}, err
 	}

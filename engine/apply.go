@@ -261,6 +261,8 @@ func (e *Engine) command(cmd []byte, at uint32, res *Result) error {
 			return &UnknownError{What: "feature level", Value: level}
 		}
 		e.level = max(e.level, uint32(level))
+	default:
+		return e.applyQueue(kind, &r, at+uint32(len(cmd)), res)
 	}
 	return nil
 }

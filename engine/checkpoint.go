@@ -102,6 +102,19 @@ func (e *Engine) encodeDirty(batch *pebble.Batch) {
 	for _, id := range sortedKeys(e.intakes) {
 		e.put(batch, e.intakes[id].appendRow(nil), rowIntake, uint64(id))
 	}
+	for _, n := range e.removedDocuments {
+		_ = batch.Delete(e.keys.documentKey(n.table, n.key), nil) // before what took its name
+	}
+	e.removedDocuments = nil
+	for _, table := range sortedKeys(e.documents) {
+		t := e.documents[table]
+		for _, key := range sortedKeys(t.docs) {
+			if d := t.docs[key]; d.dirty {
+				d.dirty = false
+				_ = batch.Set(e.keys.documentKey(table, key), d.appendRow(e.rowBuf[:0]), nil)
+			}
+		}
+	}
 	for _, inc := range sortedKeys(e.byInc) {
 		t := e.byInc[inc]
 		if t.dirty {
@@ -274,6 +287,7 @@ func (e *Engine) appendCanonical(b []byte) []byte {
 		b = binary.AppendUvarint(b, uint64(id))
 		b = appendBytes(b, e.intakes[id].appendRow(nil))
 	}
+	b = e.canonicalDocuments(b)
 	var row []byte
 	b = binary.AppendUvarint(b, uint64(len(e.byInc)))
 	for _, inc := range sortedKeys(e.byInc) {

@@ -42,6 +42,28 @@ func sampleCommands() map[string]Command {
 		"expand":  &Expand{Node: "n2.aa", Epoch: 10},
 		"advance": &Advance{By: 90 * time.Minute},
 		"level":   &Level{Level: 1},
+
+		"document":         &Document{Table: "tokens", Key: "k", Value: []byte("v"), IfRevision: 300},
+		"document absent":  &Document{Table: "tokens", Key: "k", Value: []byte("v"), IfAbsent: true},
+		"document delete":  &Document{Table: "tokens", Key: "k", Delete: true},
+		"topic set":        &TopicSet{Topic: "orders", Create: true, Settings: &TopicSettings{Paused: true, RetentionDefault: time.Hour, RetentionMax: 48 * time.Hour, MessageBytesMax: 1000, DepthMax: 5}},
+		"topic set bare":   &TopicSet{Topic: "orders"},
+		"topic delete":     &TopicDelete{Topic: "orders"},
+		"purge":            &Purge{Topic: "orders"},
+		"group set":        &GroupSet{Topic: "orders", Group: "billing", Create: true, Start: Start{Kind: StartTime, Time: 1_700_000_000_000}},
+		"group seek":       &GroupSet{Topic: "orders", Group: "billing", Seek: true, Start: Start{Kind: StartID, ID: StreamID{5, 6}}},
+		"group settings":   &GroupSet{Topic: "orders", Group: "billing", Settings: &GroupSettings{Paused: true, MaxDeliveries: 3, Park: true, ParkedRetention: 24 * time.Hour, RetryAfter: time.Minute, InitialDelay: time.Second, StartDelay: 2 * time.Second, NotBefore: 77, MaxConcurrency: 4, Visibility: 5 * time.Second, Deployment: "d", ExcludeDeployments: []string{"e", "f"}}},
+		"group delete":     &GroupDelete{Topic: "orders", Group: "billing"},
+		"parked redrive":   &Parked{Topic: "orders", Group: "billing", Op: Redrive, Filter: ParkedFilter{IDs: []MessageID{{Index: 1, Pos: 2, Kind: KindPlain}}, Error: "x", Since: 1, Until: 2}, Max: 100, From: 7, DryRun: true},
+		"parked drop":      &Parked{Topic: "orders", Group: "billing", Op: Drop, Max: 1},
+		"delayed cancel":   &Delayed{Topic: "orders", ID: MessageID{Index: 9, Pos: 1, Kind: KindDelayed}, Cancel: true},
+		"delayed move":     &Delayed{Topic: "orders", ID: MessageID{Index: 9, Pos: 1, Kind: KindDelayed}, Delay: time.Hour},
+		"upload open":      &UploadOpen{Topic: "orders", Key: "k", Deployment: "d"},
+		"upload part":      &UploadPart{Upload: 7, Number: 3, Data: []byte("abc")},
+		"upload commit":    &UploadCommit{Upload: 7, Message: NewMessage{ContentType: "video/mp4", Retention: time.Hour, Key: "k"}, Parts: 4, Bytes: 1 << 20, CRC: 0xdeadbeef},
+		"upload abort":     &UploadAbort{Upload: 7},
+		"release":          &Settle{Topic: "t", Group: "g", Op: Release, Visibility: time.Minute, Reason: "no luck", Receipts: []Receipt{{Epoch: 1}}},
+		"publish defaults": &Publish{Topic: "t", Messages: []NewMessage{{RetentionDefault: true, Body: []byte("x")}}},
 	}
 }
 
@@ -52,9 +74,13 @@ func sampleResults() map[string]Result {
 		"intake":    {Intake: 7, Repeat: true},
 		"published": {Published: Published{Shard: 1, Index: 2, Pos: 3, Count: 4, Offset: 5, Stream: StreamID{6, 7}}},
 		"settled":   {Codes: []errs.Code{errs.OK, errs.NotHolder}, ExpiresAt: 1_700_000_000_000},
+		"kinds": {Published: Published{Shard: 1, Index: 2, Pos: 3, Count: 3, Kinds: []MessageKind{KindPlain, KindDuplicate, KindDelayed},
+			Originals: []MessageID{{Index: 1, Pos: 1, Kind: KindPlain}}}},
+		"document":  {Revision: 300},
+		"several":   {Count: 7, Next: 300, Upload: 5},
 		"duplicate": {Code: errs.Duplicate, Original: MessageID{Shard: 1, Index: 2, Pos: 3, Kind: KindPlain}},
 		"delivered": {Deliveries: []Delivery{{ID: MessageID{Index: 9, Pos: 1, Kind: KindPlain}, Receipt: Receipt{Topic: 1, Group: 2, Offset: 3, Epoch: 4}, Stream: StreamID{5, 6}, Count: 7,
-			PublishedAt: 8, ExpiresAt: 9, LeaseUntil: -10, ContentType: "text/plain", Headers: []Header{{"a", "b"}}, Deployment: "d", Body: []byte("x")}, {Gone: true}}},
+			PublishedAt: 8, ExpiresAt: 9, LeaseUntil: -10, ContentType: "text/plain", Headers: []Header{{"a", "b"}}, Deployment: "d", Body: []byte("x")}, {Gone: true}, {Large: &Large{Topic: 1, Upload: 2, Parts: 3, Bytes: 4, CRC: 5}}}},
 	}
 }
 
@@ -73,18 +99,24 @@ func goldenVectors(t testing.TB) map[string][]byte {
 	eb.Add(7, 300, 299, (&Tick{}).AppendTo(nil))
 	eb.Add(7, 301, 299, (&Tick{}).AppendTo(nil))
 	out["entry"] = eb.Bytes()
-	q := Query{Kind: QueryMessage, Topic: "t", Group: "g", Max: 3, From: 4, After: "a", ID: MessageID{Index: 1, Kind: KindPlain}, Deployment: "d", Now: 9}
+	q := Query{Kind: QueryMessage, Topic: "t", Group: "g", Max: 3, From: 4, After: "a", ID: MessageID{Index: 1, Kind: KindDuplicate, OriginalIndex: 2, OriginalPos: 3, OriginalKind: KindDelayed}, Deployment: "d", Now: 9,
+		Table: "tokens", Key: "k", Filter: MessageFilter{State: StateLeased, Since: 1, Until: 2, Header: "h", Value: "v"}, Parked: ParkedFilter{Error: "x"}, DrainRate: 5}
 	out["query"] = AppendQuery(nil, &q)
-	a := Answer{Messages: sampleResults()["delivered"].Deliveries, Topics: []TopicInfo{{Name: "t", Incarnation: 1, First: 2, Next: 3, Last: StreamID{4, 5}, Published: 6, Bytes: 7, Groups: 8, OldestAt: 9}},
-		Groups: []GroupInfo{{Topic: "t", Name: "g", Incarnation: 1, Position: StreamID{2, 3}, Offset: 4, Ready: 5, Unsettled: 6, Inflight: 7, Delivered: 8, Redelivered: 9, Acknowledged: 10, OldestAt: 11}},
-		Next:   12, More: true}
+	a := Answer{Messages: sampleResults()["delivered"].Deliveries, Topics: []TopicInfo{{Name: "t", Incarnation: 1, First: 2, Next: 3, Last: StreamID{4, 5}, Published: 6, Bytes: 7, Groups: 8, OldestAt: 9, Delayed: 10, Settings: TopicSettings{Paused: true}}},
+		Groups: []GroupInfo{{Topic: "t", Name: "g", Incarnation: 1, Position: StreamID{2, 3}, Offset: 4, Ready: 5, Unsettled: 6, Inflight: 7, Delivered: 8, Redelivered: 9, Acknowledged: 10, OldestAt: 11, Parked: 12, Expiring: 13, Settings: GroupSettings{Park: true, MaxDeliveries: 3}}},
+		Next:   12, More: true, Documents: []StoredDocument{{Table: "t", Key: "k", Value: []byte("v"), Revision: 3}},
+		Parked: []ParkedMessage{{Delivery: Delivery{ContentType: "a"}, ParkedAt: 4, Error: "e"}},
+		Story: &Story{Message: Delivery{ContentType: "a"}, State: StateReady, VisibleAt: 5, Bytes: 6, CRC: 7,
+			Groups: []GroupStory{{Group: "g", State: StateParked, Count: 3, LeasedAt: 1, LeasedUntil: 2, NextAt: 3, ParkedAt: 4, Error: "x"}}},
+		Last: "after"}
 	out["answer"] = AppendAnswer(nil, &a)
 	s := NewSealer([]byte("secret"))
 	out["message id"] = []byte(s.MessageID(MessageID{Shard: 1, Index: 123456, Pos: 7, Kind: KindPlain}))
+	out["message id of a duplicate"] = []byte(s.MessageID(MessageID{Shard: 1, Index: 123456, Pos: 7, Kind: KindDuplicate, OriginalIndex: 99, OriginalPos: 2, OriginalKind: KindDelayed}))
 	out["receipt"] = []byte(s.Receipt(Receipt{Shard: 1, Topic: 2, Group: 3, Offset: 4, Epoch: 5}))
 
 	l := openTest(t, Options{RecentBytes: -1})
-	l.apply(&Init{ClusterID: "c", Secret: []byte("s"), Level: 1}, &OpenIntake{Node: "n1", Nonce: 2})
+	l.apply(&Init{ClusterID: "c", Secret: []byte("s"), Level: 1}, &OpenIntake{Node: "n1", Nonce: 2}, &Document{Table: "tokens", Key: "k", Value: []byte("v")})
 	l.append(logEntry{members: []Member{{"n1", true}, {"n2", false}}})
 	p := &Publish{Topic: "t", Messages: messages(time.Hour, "a", "b", "c")}
 	p.Messages[2].Retention = 0
@@ -102,7 +134,7 @@ func goldenVectors(t testing.TB) map[string][]byte {
 	l.pass(2 * time.Minute)
 	l.apply(&Tick{})
 	l.checkpoint()
-	for _, kind := range []byte{rowBlock, rowPayload, rowByIndex, rowByStream, rowExpiry, rowTopic, rowGroup, rowChunk, rowIntake, rowState, rowFloor} {
+	for _, kind := range []byte{rowBlock, rowPayload, rowByIndex, rowByStream, rowExpiry, rowTopic, rowGroup, rowChunk, rowIntake, rowState, rowFloor, rowDocument} {
 		if err := l.e.scan(kind, func(key, v []byte) error {
 			out[fmt.Sprintf("row %c %x", kind, key[1:])] = slices.Clone(v)
 			return nil
@@ -395,7 +427,7 @@ func FuzzAnswer(f *testing.F) {
 			}
 		}
 		if q, err := DecodeQuery(b); err == nil {
-			if again, err := DecodeQuery(AppendQuery(nil, &q)); err != nil || again != q {
+			if again, err := DecodeQuery(AppendQuery(nil, &q)); err != nil || !reflect.DeepEqual(again, q) {
 				t.Fatalf("%+v came back as %+v: %v", q, again, err)
 			}
 		}

@@ -24,7 +24,9 @@ const (
 	recordDeployment = 1 << 2
 	recordHeaders    = 1 << 3
 	recordFields     = 1 << 4 // the body is pairs of bytes (Valkey fields) instead of a message
-	recordKnownFlags = recordDelay | recordKey | recordDeployment | recordHeaders
+	recordLarge      = 1 << 5 // in place of the body stand the parts of a large message
+	recordDefault    = 1 << 6 // the retention is the topic's default
+	recordKnownFlags = recordDelay | recordKey | recordDeployment | recordHeaders | recordLarge | recordDefault
 )
 
 // Kind implements Command.
@@ -122,7 +124,15 @@ func (m *NewMessage) appendRecord(b []byte) []byte {
 			n += uvarintLen(uint64(len(h.Name))) + len(h.Name) + uvarintLen(uint64(len(h.Value))) + len(h.Value)
 		}
 	}
-	n += len(m.Body)
+	if m.RetentionDefault {
+		flags |= recordDefault
+	}
+	if m.Large != nil {
+		flags |= recordLarge
+		n += m.Large.size()
+	} else {
+		n += len(m.Body)
+	}
 	b = binary.AppendUvarint(b, uint64(n))
 	b = append(b, flags)
 	b = binary.AppendUvarint(b, seconds(m.Retention))
@@ -142,6 +152,9 @@ func (m *NewMessage) appendRecord(b []byte) []byte {
 			b = appendBytes(b, h.Name)
 			b = appendBytes(b, h.Value)
 		}
+	}
+	if m.Large != nil {
+		return m.Large.append(b)
 	}
 	return append(b, m.Body...)
 }
@@ -202,6 +215,11 @@ func parseRecord(r *reader, rec *record) {
 		return
 	}
 	rec.body = in.b
+	if rec.flags&recordLarge != 0 {
+		if _, ok := parseLarge(rec.body); !ok {
+			r.fail()
+		}
+	}
 }
 
 func (rec *record) message() NewMessage {
@@ -210,6 +228,10 @@ func (rec *record) message() NewMessage {
 		Delay: time.Duration(rec.delay) * time.Second, Key: string(rec.key), Deployment: string(rec.deployment), Body: rec.body,
 	}
 	m.Headers = rec.decodeHeaders()
+	m.RetentionDefault = rec.flags&recordDefault != 0
+	if l, ok := parseLarge(rec.body); ok && rec.flags&recordLarge != 0 {
+		m.Body, m.Large = nil, &l
+	}
 	return m
 }
 
@@ -263,6 +285,9 @@ func (c *Settle) AppendTo(b []byte) []byte {
 	b = append(b, byte(c.Op))
 	b = binary.AppendUvarint(b, seconds(c.Visibility))
 	b = appendBytes(b, c.Deployment)
+	if c.Op == Release {
+		b = appendBytes(b, c.Reason)
+	}
 	b = binary.AppendUvarint(b, uint64(len(c.Receipts)))
 	for i := range c.Receipts {
 		b = c.Receipts[i].append(b)
@@ -300,11 +325,24 @@ func (id MessageID) append(b []byte) []byte {
 	b = binary.AppendUvarint(b, uint64(id.Shard))
 	b = binary.AppendUvarint(b, id.Index)
 	b = binary.AppendUvarint(b, uint64(id.Pos))
-	return append(b, byte(id.Kind))
+	b = append(b, byte(id.Kind))
+	if id.Kind == KindDuplicate {
+		b = binary.AppendUvarint(b, id.OriginalIndex)
+		b = binary.AppendUvarint(b, uint64(id.OriginalPos))
+		b = append(b, byte(id.OriginalKind))
+	}
+	return b
 }
 
 func (r *reader) messageID() MessageID {
-	return MessageID{Shard: uint16(r.upTo(1<<16 - 1)), Index: r.uvarint(), Pos: uint32(r.upTo(1<<32 - 1)), Kind: MessageKind(r.u8())}
+	id := MessageID{Shard: uint16(r.upTo(1<<16 - 1)), Index: r.uvarint(), Pos: uint32(r.upTo(1<<32 - 1)), Kind: MessageKind(r.u8())}
+	if id.Kind == KindDuplicate {
+		id.OriginalIndex, id.OriginalPos, id.OriginalKind = r.uvarint(), uint32(r.upTo(1<<32-1)), MessageKind(r.u8())
+		if id.OriginalKind == KindDuplicate {
+			r.fail()
+		}
+	}
+	return id
 }
 
 func (rc Receipt) append(b []byte) []byte {
@@ -329,7 +367,7 @@ func openCommand(cmd []byte) (Kind, reader, error) {
 		return 0, reader{}, errMalformed
 	}
 	k := Kind(cmd[0])
-	if k < CmdInit || k > CmdLevel {
+	if k < CmdInit || k > cmdQueueLast {
 		return 0, reader{}, &UnknownError{What: "command kind", Value: uint64(cmd[0])}
 	}
 	if cmd[1] != commandVersion {
@@ -388,7 +426,7 @@ func DecodeCommand(cmd []byte) (Command, error) {
 	case CmdSettle:
 		var v settleView
 		v.parse(&r)
-		s := &Settle{Topic: string(v.topic), Group: string(v.group), Op: v.op, Visibility: time.Duration(v.visibility) * time.Millisecond, Deployment: string(v.deployment)}
+		s := &Settle{Topic: string(v.topic), Group: string(v.group), Op: v.op, Visibility: time.Duration(v.visibility) * time.Millisecond, Deployment: string(v.deployment), Reason: string(v.reason)}
 		for range v.count {
 			s.Receipts = append(s.Receipts, r.receipt())
 		}
@@ -401,6 +439,8 @@ func DecodeCommand(cmd []byte) (Command, error) {
 		c = &Advance{By: time.Duration(r.upTo(advanceLimit)) * time.Millisecond}
 	case CmdLevel:
 		c = &Level{Level: uint32(r.upTo(1<<32 - 1))}
+	default:
+		c = decodeQueue(k, &r)
 	}
 	if err := r.err(); err != nil {
 		return nil, err
@@ -460,10 +500,10 @@ func (v *receiveIDView) parse(r *reader) {
 
 // settleView leaves the reader at the first of count receipts.
 type settleView struct {
-	topic, group, deployment []byte
-	op                       SettleOp
-	visibility               int64
-	count                    int
+	topic, group, deployment, reason []byte
+	op                               SettleOp
+	visibility                       int64
+	count                            int
 }
 
 func (v *settleView) parse(r *reader) {
@@ -471,6 +511,9 @@ func (v *settleView) parse(r *reader) {
 	v.op = SettleOp(r.u8())
 	v.visibility = int64(r.upTo(visibilityLimit)) * 1000
 	v.deployment = r.bytes()
+	if v.op == Release {
+		v.reason = r.bytes()
+	}
 	v.count = r.count(5)
 }
 
@@ -529,6 +572,8 @@ func Inspect(cmd []byte) (CommandInfo, error) {
 		r.upTo(advanceLimit)
 	case CmdLevel:
 		r.upTo(1<<32 - 1)
+	default:
+		inspectQueue(k, &r, &info)
 	}
 	if err := r.err(); err != nil {
 		return CommandInfo{}, err

@@ -138,9 +138,9 @@ func makeWorkload(t testing.TB, seed uint64, n int) *workload {
 				receipts = append(receipts, d.Receipt)
 				switch c := cmds[i].(type) {
 				case *Receive:
-					owner = append(owner, GroupRef{c.Topic, c.Group})
+					owner = append(owner, GroupRef{Topic: c.Topic, Group: c.Group})
 				case *ReceiveID:
-					owner = append(owner, GroupRef{c.Topic, c.Group})
+					owner = append(owner, GroupRef{Topic: c.Topic, Group: c.Group})
 				}
 			}
 			for k := range res[i].Published.Count {

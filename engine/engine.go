@@ -81,7 +81,10 @@ type Engine struct {
 	topics  map[string]*topic
 	byInc   map[uint64]*topic
 	intakes map[IntakeID]*intake
-	groups  []*group // all of them; the place is the group's number in due
+	// documents are the tables of configuration.
+	documents        map[string]*documentTable
+	removedDocuments []documentName
+	groups           []*group // all of them; the place is the group's number in due
 	// removed lists rows of intakes that no longer exist.
 	removedIntakes []IntakeID
 
@@ -234,7 +237,8 @@ func (e *Engine) resetMemory() {
 	e.topics = make(map[string]*topic)
 	e.byInc = make(map[uint64]*topic)
 	e.intakes = make(map[IntakeID]*intake)
-	e.groups, e.removedIntakes = nil, nil
+	e.documents = make(map[string]*documentTable)
+	e.groups, e.removedIntakes, e.removedDocuments = nil, nil, nil
 	e.recent, e.recentHead, e.recentBytes = nil, 0, 0
 	e.due, e.tidyAt = nil, 0
 	e.touched, e.open = nil, nil
@@ -324,6 +328,9 @@ func (e *Engine) load() error {
 		return nil
 	})
 	if err != nil {
+		return err
+	}
+	if err := e.scan(rowDocument, e.loadDocument); err != nil {
 		return err
 	}
 	e.swept = 0

@@ -445,9 +445,10 @@ func (g *group) grantNew(off uint64, stream StreamID, expiry, now, visibility in
 	return l
 }
 
-// release makes a leased message deliverable again, at once unless it has been delivered too often.
-func (g *group) release(off uint64, l *lease, now int64) {
-	at := max(now, l.granted+backoff(l.count))
+// release ends a lease and makes the message deliverable again at a time, or later if it has been delivered too
+// often.
+func (g *group) release(off uint64, l *lease, at int64) {
+	at = max(at, l.granted+backoff(l.count))
 	g.inflight--
 	l.state, l.flags, l.deadline = released, 0, at
 	g.touch(off)

@@ -25,6 +25,8 @@ type Sealer struct {
 // Message IDs are five bytes of check code away from a guess, receipts sixteen.
 const (
 	idCheckBytes    = 5
+	idBytesMax      = 3 + 10 + 5 + 1 + 10 + 5 + 1 + idCheckBytes
+	idTextMax       = (idBytesMax*8 + 4) / 5
 	receiptMACBytes = 16
 	receiptVersion  = 1
 )
@@ -65,16 +67,27 @@ func (s *Sealer) idCheck(id MessageID) [16]byte {
 	binary.LittleEndian.PutUint32(in[10:], id.Pos)
 	in[14] = byte(id.Kind)
 	s.id.Encrypt(out[:], in[:])
+	if id.Kind == KindDuplicate {
+		// A second block; the kind in the first one says that there is one.
+		in = [16]byte{}
+		binary.LittleEndian.PutUint64(in[0:], id.OriginalIndex)
+		binary.LittleEndian.PutUint32(in[8:], id.OriginalPos)
+		in[12] = byte(id.OriginalKind)
+		for i := range in {
+			in[i] ^= out[i]
+		}
+		s.id.Encrypt(out[:], in[:])
+	}
 	return out
 }
 
 // MessageID returns the text of an ID.
 func (s *Sealer) MessageID(id MessageID) string {
-	var raw [3 + 10 + 5 + 1 + idCheckBytes]byte
+	var raw [idBytesMax]byte
 	b := id.append(raw[:0])
 	sum := s.idCheck(id)
 	b = append(b, sum[:idCheckBytes]...)
-	var text [64]byte
+	var text [idTextMax]byte
 	n := idText.EncodedLen(len(b))
 	idText.Encode(text[:n], b)
 	return string(text[:n])
@@ -83,8 +96,8 @@ func (s *Sealer) MessageID(id MessageID) string {
 // ParseMessageID reads what MessageID wrote. Anything else is errs.MessageNotFound: no message was ever
 // called that.
 func (s *Sealer) ParseMessageID(text string) (MessageID, error) {
-	var raw [64]byte
-	if len(text) > 64 {
+	var raw [idTextMax]byte
+	if len(text) > idTextMax {
 		return MessageID{}, errs.Of(errs.MessageNotFound)
 	}
 	b, err := idText.AppendDecode(raw[:0], []byte(text))

@@ -53,7 +53,8 @@ type grantRecord struct {
 
 func (o *outcome) set(r *Result) {
 	*o = outcome{kind: outcomeDone, code: r.Code, published: r.Published}
-	if r.Intake == 0 && len(r.Deliveries) == 0 && len(r.Codes) == 0 && r.RetryAfter == 0 && r.Inflight == 0 && r.ExpiresAt == 0 && r.Original == (MessageID{}) {
+	if r.Intake == 0 && len(r.Deliveries) == 0 && len(r.Codes) == 0 && r.RetryAfter == 0 && r.Inflight == 0 && r.ExpiresAt == 0 && r.Original == (MessageID{}) &&
+		r.Count == 0 && r.Revision == 0 && r.Next == 0 && r.Upload == 0 {
 		return
 	}
 	m := &outcomeMore{result: *r}

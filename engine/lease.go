@@ -178,7 +178,7 @@ func (e *Engine) applySettle(r *reader, res *Result) error {
 	var v settleView
 	v.parse(r)
 	switch {
-	case r.bad || v.count == 0 || v.op != Acknowledge && v.op != Extend:
+	case r.bad || v.count == 0 || v.op != Acknowledge && v.op != Extend && v.op != Release:
 		res.Code = errs.BadRequest
 		return nil
 	case len(v.deployment) > 0:
@@ -237,8 +237,8 @@ func (e *Engine) settle(g *group, rc Receipt, v *settleView, res *Result) (errs.
 		return errs.LeaseExpired, nil
 	case v.op == Acknowledge:
 		g.acknowledge(rc.Offset, l)
-	case v.visibility == 0:
-		g.release(rc.Offset, l, now)
+	case v.op == Release || v.visibility == 0:
+		g.release(rc.Offset, l, now+v.visibility)
 	case l.expiry != never && now+v.visibility > l.expiry:
 		b, i, err := e.blockAt(g.topic, g.cur, rc.Offset)
 		if err != nil {

@@ -666,7 +666,7 @@ func modelRun(rt *rapid.T, hits map[string]int) {
 		},
 		"park": func(rt *rapid.T) {
 			topic, group := topicGen.Draw(rt, "topic"), groupGen.Draw(rt, "group")
-			ref := GroupRef{topic, group}
+			ref := GroupRef{Topic: topic, Group: group}
 			conc := concGen.Draw(rt, "conc")
 			if mc.m.topics[topic] == nil || mc.m.topics[topic].groups[group] == nil {
 				return
@@ -693,7 +693,7 @@ func modelRun(rt *rapid.T, hits map[string]int) {
 		},
 		"wake": func(rt *rapid.T) {
 			// The leader proposes the receive of a group that was reported, behind a publish or alone.
-			for _, ref := range []GroupRef{{"t", "g"}, {"t", "h"}, {"u", "g"}, {"u", "h"}} {
+			for _, ref := range []GroupRef{{Topic: "t", Group: "g"}, {Topic: "t", Group: "h"}, {Topic: "u", Group: "g"}, {Topic: "u", Group: "h"}} {
 				w := mc.waiters[ref]
 				if w == nil || !w.notified {
 					continue

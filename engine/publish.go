@@ -27,7 +27,7 @@ func (e *Engine) applyPublish(r *reader, end uint32, res *Result) {
 		}
 		size -= len(r.b)
 		total += size
-		if rec.flags&(recordDelay|recordKey|recordDeployment) != 0 {
+		if rec.flags&(recordDelay|recordKey|recordDeployment|recordLarge|recordDefault) != 0 {
 			res.Code = errs.Unsupported
 		} else if len(rec.body) > limits.MessageBytesMax && res.Code == errs.OK {
 			res.Code = errs.MessageTooLarge

@@ -19,6 +19,16 @@ const (
 	QueryGroups QueryKind = 6
 	// QueryMessage asks for the message ID of Topic.
 	QueryMessage QueryKind = 7
+	// QueryDocuments lists the documents of Table by key after After, or asks for the one of Key, if that is
+	// not empty: without it the answer is empty.
+	QueryDocuments QueryKind = 8
+	// QueryParked lists what a group has parked from offset From on, as Parked selects.
+	QueryParked QueryKind = 9
+	// QueryStory asks what became of the message ID of Topic, for all its groups.
+	QueryStory QueryKind = 10
+	// QueryDelayed lists the delayed messages of Topic in the order in which they become visible, after After
+	// (Answer.Last).
+	QueryDelayed QueryKind = 11
 )
 
 // Query is a read of the applied state. It can be encoded, since a follower passes it to the leader.
@@ -37,6 +47,14 @@ type Query struct {
 	Deployment string
 	// Now is cluster time as the reader knows it; the last stamp counts if it is later.
 	Now int64
+	// Table and Key are those of QueryDocuments.
+	Table, Key string
+	// Filter restricts QueryBrowse and QueryDelayed, Parked restricts QueryParked.
+	Filter MessageFilter
+	Parked ParkedFilter
+	// DrainRate is how many messages the group of a QueryGroup takes in 1000 seconds: the answer then says how
+	// many will expire before they are reached.
+	DrainRate uint64
 }
 
 // Answer is what a Query gave; which fields are set depends on its kind.
@@ -49,6 +67,12 @@ type Answer struct {
 	Next uint64
 	// More is set when a list was cut short: ask again after its last name.
 	More bool
+	// Documents are the answer to QueryDocuments, Parked to QueryParked, Story to QueryStory.
+	Documents []StoredDocument
+	Parked    []ParkedMessage
+	Story     *Story
+	// Last is what After of the next QueryDelayed has to be when More is set.
+	Last string
 }
 
 // TopicInfo describes a topic.
@@ -63,6 +87,9 @@ type TopicInfo struct {
 	Groups           int
 	// OldestAt is when the oldest message that has not expired was published, Unix ms, 0 without any.
 	OldestAt int64
+	// Delayed counts messages that are not visible yet.
+	Delayed  uint64
+	Settings TopicSettings
 }
 
 // GroupInfo describes a consumer group.
@@ -81,4 +108,10 @@ type GroupInfo struct {
 	Delivered, Redelivered, Acknowledged uint64
 	// OldestAt is when the oldest message this group has not settled was published, Unix ms, 0 without any.
 	OldestAt int64
+	// Parked counts what the group gave up and keeps. Unsettled does not count it.
+	Parked int
+	// Expiring counts messages that will expire before the group reaches them at Query.DrainRate; 0 unless that
+	// was given.
+	Expiring uint64
+	Settings GroupSettings
 }

@@ -22,6 +22,11 @@ const (
 	resultInflight
 	resultExpiresAt
 	resultOriginal
+	resultCount
+	resultRevision
+	resultNext
+	resultUpload
+	resultKinds // of Published
 	resultFlagsEnd
 )
 
@@ -36,13 +41,18 @@ func AppendResult(b []byte, r *Result) []byte {
 	set(resultRepeat, r.Repeat)
 	set(resultParked, r.Parked)
 	set(resultIntake, r.Intake != 0)
-	set(resultPublished, r.Published != Published{})
+	set(resultPublished, !r.Published.isZero())
+	set(resultKinds, len(r.Published.Kinds) > 0)
 	set(resultDeliveries, len(r.Deliveries) > 0)
 	set(resultCodes, len(r.Codes) > 0)
 	set(resultRetryAfter, r.RetryAfter != 0)
 	set(resultInflight, r.Inflight != 0)
 	set(resultExpiresAt, r.ExpiresAt != 0)
 	set(resultOriginal, r.Original != MessageID{})
+	set(resultCount, r.Count != 0)
+	set(resultRevision, r.Revision != 0)
+	set(resultNext, r.Next != 0)
+	set(resultUpload, r.Upload != 0)
 	b = append(b, resultVersion)
 	b = binary.AppendUvarint(b, uint64(r.Code))
 	b = binary.AppendUvarint(b, flags)
@@ -78,6 +88,25 @@ func AppendResult(b []byte, r *Result) []byte {
 	}
 	if flags&resultOriginal != 0 {
 		b = r.Original.append(b)
+	}
+	if flags&resultCount != 0 {
+		b = appendVarint(b, r.Count)
+	}
+	if flags&resultRevision != 0 {
+		b = binary.AppendUvarint(b, r.Revision)
+	}
+	if flags&resultNext != 0 {
+		b = binary.AppendUvarint(b, r.Next)
+	}
+	if flags&resultUpload != 0 {
+		b = binary.AppendUvarint(b, r.Upload)
+	}
+	if flags&resultKinds != 0 {
+		b = binary.AppendUvarint(b, uint64(len(r.Published.Kinds)))
+		for _, k := range r.Published.Kinds {
+			b = append(b, byte(k))
+		}
+		b = appendIDs(b, r.Published.Originals)
 	}
 	return b
 }
@@ -127,6 +156,32 @@ func (r *reader) result() Result {
 	}
 	if flags&resultOriginal != 0 {
 		out.Original = r.messageID()
+	}
+	if flags&resultCount != 0 {
+		out.Count = r.varint()
+	}
+	if flags&resultRevision != 0 {
+		out.Revision = r.uvarint()
+	}
+	if flags&resultNext != 0 {
+		out.Next = r.uvarint()
+	}
+	if flags&resultUpload != 0 {
+		out.Upload = r.uvarint()
+	}
+	if flags&resultKinds != 0 {
+		duplicates := 0
+		for range r.count(1) {
+			k := MessageKind(r.u8())
+			if k == KindDuplicate {
+				duplicates++
+			}
+			out.Published.Kinds = append(out.Published.Kinds, k)
+		}
+		out.Published.Originals = r.ids()
+		if uint64(len(out.Published.Kinds)) != uint64(out.Published.Count) || len(out.Published.Originals) != duplicates {
+			r.fail()
+		}
 	}
 	return out
 }
@@ -179,12 +234,17 @@ func appendDeliveries(b []byte, ds []Delivery) []byte {
 		}
 		b = appendBytes(b, d.Deployment)
 		b = appendBytes(b, d.Body)
+		b = appendBool(b, d.Large != nil)
+		if d.Large != nil {
+			b = binary.AppendUvarint(b, d.Large.Topic)
+			b = d.Large.append(b)
+		}
 	}
 	return b
 }
 
 // deliveryBytesMin is the size of the smallest encoded delivery.
-const deliveryBytesMin = 4 + 5 + 2 + 1 + 3 + 1 + 4
+const deliveryBytesMin = 4 + 5 + 2 + 1 + 3 + 1 + 5
 
 func (r *reader) deliveries() []Delivery {
 	n := r.count(deliveryBytesMin)
@@ -200,6 +260,9 @@ func (r *reader) deliveries() []Delivery {
 		d.Deployment = r.str()
 		if body := r.bytes(); len(body) > 0 {
 			d.Body = body
+		}
+		if r.bool() {
+			d.Large = &Large{Topic: r.uvarint(), Upload: r.uvarint(), Parts: uint32(r.upTo(1<<32 - 1)), Bytes: int64(r.upTo(1 << 50)), CRC: uint32(r.upTo(1<<32 - 1))}
 		}
 		if r.bad {
 			return nil

@@ -20,6 +20,7 @@ const (
 	rowChunk    = 'U' // topic, group, chunk -> unsettled messages; checkpoint
 	rowIntake   = 'N' // intake -> intake; checkpoint
 	rowState    = 'S' // applied index and all else; checkpoint
+	rowDocument = 'O' // table, key -> document; checkpoint
 	rowFloor    = 'F' // topic -> where its stored blocks begin; checkpoint, not part of the logical state
 	// Reserved: 'B' offsets by deployment, 'C' consumers, 'D' delayed by due time, 'K' idempotency keys,
 	// 'Q' staged parts, 'R' offset of a matured message, 'V' strings.

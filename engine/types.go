@@ -33,6 +33,19 @@ type MessageID struct {
 	Index uint64
 	Pos   uint32
 	Kind  MessageKind
+	// OriginalIndex, OriginalPos and OriginalKind are set for KindDuplicate alone: the message the publish was a
+	// duplicate of.
+	OriginalIndex uint64
+	OriginalPos   uint32
+	OriginalKind  MessageKind
+}
+
+// Original returns the message a duplicate leads to, and any other ID itself.
+func (id MessageID) Original() MessageID {
+	if id.Kind != KindDuplicate {
+		return id
+	}
+	return MessageID{Shard: id.Shard, Index: id.OriginalIndex, Pos: id.OriginalPos, Kind: id.OriginalKind}
 }
 
 // MessageKind tells how a message was published.
@@ -104,13 +117,17 @@ type NewMessage struct {
 	ContentType string
 	// Headers are application and trace headers, in order, names in lower case.
 	Headers   []Header
-	Retention time.Duration // whole seconds
-	Delay     time.Duration // whole seconds
+	Retention time.Duration // whole seconds, 0 for none
+	// RetentionDefault asks for the topic's default retention; Retention is 0 then.
+	RetentionDefault bool
+	Delay            time.Duration // whole seconds
 	// Key is the idempotency key, empty for none.
 	Key string
 	// Deployment is the partition, empty for none.
 	Deployment string
 	Body       []byte
+	// Large stands for a body that was uploaded in parts; only UploadCommit sets it.
+	Large *Large
 }
 
 // Header is one name and value.
@@ -144,10 +161,13 @@ type ReceiveID struct {
 type Settle struct {
 	Topic, Group string
 	Op           SettleOp
-	// Visibility counts from the entry's stamp; for Extend only. Zero releases.
+	// Visibility counts from the entry's stamp. For Extend it is the lease's new end, zero releases; for Release
+	// it is the delay until the message is deliverable again.
 	Visibility time.Duration
 	Deployment string
-	Receipts   []Receipt
+	// Reason, of a Release, is kept as the message's last error for the group (limits.ReasonBytesMax).
+	Reason   string
+	Receipts []Receipt
 }
 
 // SettleOp is what a Settle does.
@@ -157,6 +177,7 @@ type SettleOp uint8
 const (
 	Acknowledge SettleOp = 1
 	Extend      SettleOp = 2
+	Release     SettleOp = 3
 )
 
 // Receipt is a decoded receipt handle: it names one grant of one message to one group.
@@ -212,22 +233,54 @@ type Result struct {
 	ExpiresAt int64
 	// Original is the first message, with Duplicate.
 	Original MessageID
+	// Revision is that of the document a Document command set.
+	Revision uint64
+	// Count is how many a command that works on several has found.
+	Count int64
+	// Next is where to go on when a command of several was cut short, 0 at the end.
+	Next uint64
+	// Upload names the upload that UploadOpen began.
+	Upload uint64
 }
 
 // Published tells where the messages of one Publish went: Count messages with consecutive positions, offsets
 // and, unless the topic's stream IDs say otherwise, sequence numbers.
 type Published struct {
-	Shard  uint16
-	Index  uint64
-	Pos    uint32
-	Count  uint32
+	Shard uint16
+	Index uint64
+	Pos   uint32
+	Count uint32
+	// Offset and Stream are those of the first message that is in the log; delayed messages and duplicates take
+	// neither.
 	Offset uint64
 	Stream StreamID
+	// Kinds has the kind of each message; nil means that all are plain.
+	Kinds []MessageKind
+	// Originals has, for each duplicate in order, the message it is one of.
+	Originals []MessageID
 }
 
+// isZero reports that nothing was published.
+func (p *Published) isZero() bool { return p.Count == 0 && p.Index == 0 }
+
 // ID returns the ID of the i-th message.
-func (p Published) ID(i int) MessageID {
-	return MessageID{Shard: p.Shard, Index: p.Index, Pos: p.Pos + uint32(i), Kind: KindPlain}
+func (p *Published) ID(i int) MessageID {
+	id := MessageID{Shard: p.Shard, Index: p.Index, Pos: p.Pos + uint32(i), Kind: KindPlain}
+	if p.Kinds == nil {
+		return id
+	}
+	id.Kind = p.Kinds[i]
+	if id.Kind == KindDuplicate {
+		n := 0
+		for _, k := range p.Kinds[:i] {
+			if k == KindDuplicate {
+				n++
+			}
+		}
+		o := p.Originals[n]
+		id.OriginalIndex, id.OriginalPos, id.OriginalKind = o.Index, o.Pos, o.Kind
+	}
+	return id
 }
 
 // Delivery is one message given to a consumer.
@@ -247,6 +300,8 @@ type Delivery struct {
 	Headers     []Header
 	Deployment  string
 	Body        []byte
+	// Large stands in place of the body of a large message: it is read in parts (Engine.LoadPart).
+	Large *Large
 }
 
 // Effects is what one Apply changed that the leader acts upon; followers ignore it. It is reused: Apply
@@ -268,8 +323,8 @@ type Effects struct {
 	Configuration bool
 }
 
-// GroupRef names a group.
-type GroupRef struct{ Topic, Group string }
+// GroupRef names a group and, for receives that name one, the deployment they wait for.
+type GroupRef struct{ Topic, Group, Deployment string }
 
 // Meta is the durable checkpoint's place in the replicated log. It is the node's only snapshot.
 type Meta struct {

@@ -130,7 +130,7 @@ func (o *op) inspect() error {
 			return err
 		}
 		o.receive = c.(*engine.Receive)
-		o.ref = engine.GroupRef{Topic: o.receive.Topic, Group: o.receive.Group}
+		o.ref = engine.GroupRef{Topic: o.receive.Topic, Group: o.receive.Group, Deployment: o.receive.Deployment}
 		o.count = info.Max
 	}
 	return nil

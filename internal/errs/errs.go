@@ -67,6 +67,10 @@ const (
 	MisdirectedHost
 	RateLimited
 	QuotaExceeded
+	Paused
+	TopicFull
+	UploadNotFound
+	TooManyUploads
 	codeCount
 )
 
@@ -128,6 +132,10 @@ var catalogue = [codeCount]Info{
 	MisdirectedHost:     {"misdirected_host", 400, None, "the Host header names no address of this node", "address the node by IP address or localhost, or start it with --public-host NAME"},
 	RateLimited:         {"rate_limited", 429, None, "the token's rate limit is reached", "slow down and try again after Retry-After seconds"},
 	QuotaExceeded:       {"quota_exceeded", 429, None, "the token's quota for today is used up", "wait until midnight UTC, or have the quota raised"},
+	Paused:              {"paused", 409, None, "deliveries are paused", "resume the topic or the group"},
+	TopicFull:           {"topic_full", 429, None, "the topic holds as many messages as it may", "wait until messages expire, or raise the topic's limit"},
+	UploadNotFound:      {"upload_not_found", 409, None, "the upload is over", "send the message again"},
+	TooManyUploads:      {"too_many_uploads", 429, None, "the node has as many large messages under way as it may", "try again after Retry-After seconds"},
 }
 
 // Info returns the catalogue's entry; an unknown code reads as Internal.

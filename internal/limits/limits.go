@@ -83,4 +83,50 @@ const (
 	GroupsPerTopicMax = 4096
 	// TopicsMax bounds the topics of one shard.
 	TopicsMax = 1_000_000
+	// ReasonBytesMax bounds the reason given with a release.
+	ReasonBytesMax = 1 << 10
+	// ReasonsPerGroupBytesMax bounds the reasons that a group keeps; later ones are dropped.
+	ReasonsPerGroupBytesMax = 16 << 20
+	// ParkedPerGroupMax bounds the messages a group has parked; at the limit no more are given up.
+	ParkedPerGroupMax = 100_000
+	// ParkedRetentionMax bounds how long a parked message is kept beyond its own retention.
+	ParkedRetentionMax = 30 * 24 * time.Hour
+	// ParkedPerCommandMax bounds the messages that one redrive or drop works on.
+	ParkedPerCommandMax = 1000
+	// DeploymentsPerGroupMax bounds the deployments that a group keeps positions of.
+	DeploymentsPerGroupMax = 4096
+)
+
+// Delays.
+const (
+	// MaturePerEntryMax bounds the delayed messages that one entry makes visible.
+	MaturePerEntryMax = 1000
+	// DelayedChangesMax bounds the cancelled and moved messages whose time has not come.
+	DelayedChangesMax = 100_000
+)
+
+// Large messages.
+const (
+	// LargeMessageBytesMax bounds the body of a message that is uploaded in parts.
+	LargeMessageBytesMax = 100 << 20
+	// PartBytes is the size of each part of an upload but the last.
+	PartBytes = 256 << 10
+	// UploadsPerNodeMax bounds the uploads one node has open.
+	UploadsPerNodeMax = 32
+	// UploadIdleMax of cluster time without a part ends an upload.
+	UploadIdleMax = 60 * time.Second
+)
+
+// Documents: replicated configuration.
+const (
+	// DocumentBytesMax bounds a document.
+	DocumentBytesMax = 64 << 10
+	// DocumentKeyBytesMax bounds a document's key.
+	DocumentKeyBytesMax = 1 << 10
+	// DocumentTableBytesMax bounds a table's name.
+	DocumentTableBytesMax = 256
+	// DocumentsPerTableMax bounds the documents of a table.
+	DocumentsPerTableMax = 10_000
+	// DocumentTablesMax bounds the tables.
+	DocumentTablesMax = 64
 )
