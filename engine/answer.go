@@ -21,6 +21,9 @@ func (e *Engine) Query(q Query) (Answer, error) {
 	}
 	e.dbMu.RLock()
 	defer e.dbMu.RUnlock()
+	if q.Kind >= queryStreamFirst {
+		return e.streamQuery(&q)
+	}
 	a, sizes, err := e.query(&q)
 	if err != nil {
 		return Answer{}, err
@@ -285,7 +288,8 @@ func AppendQuery(b []byte, q *Query) []byte {
 	b = appendBytes(b, q.Key)
 	b = q.Filter.append(b)
 	b = q.Parked.append(b)
-	return binary.AppendUvarint(b, q.DrainRate)
+	b = binary.AppendUvarint(b, q.DrainRate)
+	return q.Stream.append(b)
 }
 
 // DecodeQuery decodes what AppendQuery wrote.
@@ -296,7 +300,7 @@ func DecodeQuery(b []byte) (Query, error) {
 	}
 	q := Query{Kind: QueryKind(r.u8()), Topic: r.str(), Group: r.str(), Max: int(r.upTo(1 << 31)), From: r.uvarint(), After: r.str(),
 		ID: r.messageID(), Deployment: r.str(), Now: r.varint(), Table: r.str(), Key: r.str(), Filter: r.messageFilter(), Parked: r.parkedFilter(),
-		DrainRate: r.uvarint()}
+		DrainRate: r.uvarint(), Stream: r.streamQuery()}
 	if err := r.err(); err != nil {
 		return Query{}, err
 	}
@@ -346,14 +350,23 @@ func AppendAnswer(b []byte, a *Answer) []byte {
 	b = appendDocuments(b, a.Documents)
 	b = appendParked(b, a.Parked)
 	b = a.Story.append(b)
-	return appendBytes(b, a.Last)
+	b = appendBytes(b, a.Last)
+	return a.Stream.append(b)
 }
 
 // DecodeAnswer decodes what AppendAnswer wrote. Bodies point into b.
 func DecodeAnswer(b []byte) (Answer, error) {
 	r := reader{b: b}
+	a := r.answer()
+	if err := r.err(); err != nil {
+		return Answer{}, err
+	}
+	return a, nil
+}
+
+func (r *reader) answer() Answer {
 	if r.u8() != queryVersion {
-		return Answer{}, errMalformed
+		r.fail()
 	}
 	a := Answer{Messages: r.deliveries()}
 	for range r.count(10) {
@@ -367,8 +380,6 @@ func DecodeAnswer(b []byte) (Answer, error) {
 	}
 	a.Next, a.More = r.uvarint(), r.bool()
 	a.Documents, a.Parked, a.Story, a.Last = r.documents(), r.parkedMessages(), r.story(), r.str()
-	if err := r.err(); err != nil {
-		return Answer{}, err
-	}
-	return a, nil
+	a.Stream = r.streamAnswer()
+	return a
 }

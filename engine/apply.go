@@ -225,6 +225,9 @@ func (e *Engine) command(cmd []byte, at uint32, res *Result) error {
 	if err != nil {
 		return err
 	}
+	if kind >= cmdStreamFirst {
+		return e.applyStream(kind, &r, at, uint32(len(cmd)), res)
+	}
 	switch kind {
 	case CmdInit:
 		return e.applyInit(&r, res)

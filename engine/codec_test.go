@@ -23,6 +23,12 @@ import (
 var updateGolden = flag.Bool("golden", false, "write testdata/golden.txt anew: only together with a new version byte or a new kind")
 
 func sampleCommands() map[string]Command {
+	out := sampleStreamCommands()
+	maps.Copy(out, sampleQueueCommands())
+	return out
+}
+
+func sampleQueueCommands() map[string]Command {
 	return map[string]Command{
 		"init":        &Init{ClusterID: "c-1", Secret: []byte{1, 2, 3}, Level: 1},
 		"init again":  &Init{ClusterID: "c-2", Secret: nil, Level: 1, Refound: true},
@@ -102,6 +108,8 @@ func goldenVectors(t testing.TB) map[string][]byte {
 	q := Query{Kind: QueryMessage, Topic: "t", Group: "g", Max: 3, From: 4, After: "a", ID: MessageID{Index: 1, Kind: KindDuplicate, OriginalIndex: 2, OriginalPos: 3, OriginalKind: KindDelayed}, Deployment: "d", Now: 9,
 		Table: "tokens", Key: "k", Filter: MessageFilter{State: StateLeased, Since: 1, Until: 2, Header: "h", Value: "v"}, Parked: ParkedFilter{Error: "x"}, DrainRate: 5}
 	out["query"] = AppendQuery(nil, &q)
+	q.Stream = sampleStreamQuery()
+	out["query stream"] = AppendQuery(nil, &q)
 	a := Answer{Messages: sampleResults()["delivered"].Deliveries, Topics: []TopicInfo{{Name: "t", Incarnation: 1, First: 2, Next: 3, Last: StreamID{4, 5}, Published: 6, Bytes: 7, Groups: 8, OldestAt: 9, Delayed: 10, Settings: TopicSettings{Paused: true}}},
 		Groups: []GroupInfo{{Topic: "t", Name: "g", Incarnation: 1, Position: StreamID{2, 3}, Offset: 4, Ready: 5, Unsettled: 6, Inflight: 7, Delivered: 8, Redelivered: 9, Acknowledged: 10, OldestAt: 11, Parked: 12, Expiring: 13, Settings: GroupSettings{Park: true, MaxDeliveries: 3}}},
 		Next:   12, More: true, Documents: []StoredDocument{{Table: "t", Key: "k", Value: []byte("v"), Revision: 3}},
@@ -110,6 +118,10 @@ func goldenVectors(t testing.TB) map[string][]byte {
 			Groups: []GroupStory{{Group: "g", State: StateParked, Count: 3, LeasedAt: 1, LeasedUntil: 2, NextAt: 3, ParkedAt: 4, Error: "x"}}},
 		Last: "after"}
 	out["answer"] = AppendAnswer(nil, &a)
+	out["answer stream"] = AppendAnswer(nil, &Answer{Stream: sampleStreamAnswer()})
+	for name, r := range sampleStreamResults() {
+		out["result "+name] = AppendResult(nil, &r)
+	}
 	s := NewSealer([]byte("secret"))
 	out["message id"] = []byte(s.MessageID(MessageID{Shard: 1, Index: 123456, Pos: 7, Kind: KindPlain}))
 	out["message id of a duplicate"] = []byte(s.MessageID(MessageID{Shard: 1, Index: 123456, Pos: 7, Kind: KindDuplicate, OriginalIndex: 99, OriginalPos: 2, OriginalKind: KindDelayed}))

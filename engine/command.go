@@ -26,7 +26,7 @@ const (
 	recordFields     = 1 << 4 // the body is pairs of bytes (Valkey fields) instead of a message
 	recordLarge      = 1 << 5 // in place of the body stand the parts of a large message
 	recordDefault    = 1 << 6 // the retention is the topic's default
-	recordKnownFlags = recordDelay | recordKey | recordDeployment | recordHeaders | recordLarge | recordDefault
+	recordKnownFlags = recordDelay | recordKey | recordDeployment | recordHeaders | recordFields | recordLarge | recordDefault
 )
 
 // Kind implements Command.
@@ -116,6 +116,10 @@ func (m *NewMessage) appendRecord(b []byte) []byte {
 		flags |= recordDeployment
 		n += uvarintLen(uint64(len(m.Deployment))) + len(m.Deployment)
 	}
+	if m.Fields != nil {
+		flags |= recordFields
+		n += fieldsLen(m.Fields)
+	}
 	n += uvarintLen(uint64(len(m.ContentType))) + len(m.ContentType)
 	if len(m.Headers) > 0 {
 		flags |= recordHeaders
@@ -155,6 +159,9 @@ func (m *NewMessage) appendRecord(b []byte) []byte {
 	}
 	if m.Large != nil {
 		return m.Large.append(b)
+	}
+	if m.Fields != nil {
+		return appendFields(b, m.Fields)
 	}
 	return append(b, m.Body...)
 }
@@ -210,7 +217,7 @@ func parseRecord(r *reader, rec *record) {
 			in.bytes()
 		}
 	}
-	if in.bad {
+	if in.bad || rec.flags&recordFields != 0 && !checkFields(in.b) {
 		r.fail()
 		return
 	}
@@ -231,6 +238,9 @@ func (rec *record) message() NewMessage {
 	m.RetentionDefault = rec.flags&recordDefault != 0
 	if l, ok := parseLarge(rec.body); ok && rec.flags&recordLarge != 0 {
 		m.Body, m.Large = nil, &l
+	}
+	if rec.flags&recordFields != 0 {
+		m.Fields, m.Body = decodeFields(rec.body), nil
 	}
 	return m
 }
@@ -367,7 +377,7 @@ func openCommand(cmd []byte) (Kind, reader, error) {
 		return 0, reader{}, errMalformed
 	}
 	k := Kind(cmd[0])
-	if k < CmdInit || k > cmdQueueLast {
+	if (k < CmdInit || k > cmdQueueLast) && (k < cmdStreamFirst || k > cmdStreamLast) {
 		return 0, reader{}, &UnknownError{What: "command kind", Value: uint64(cmd[0])}
 	}
 	if cmd[1] != commandVersion {
@@ -392,6 +402,9 @@ func DecodeCommand(cmd []byte) (Command, error) {
 	k, r, err := openCommand(cmd)
 	if err != nil {
 		return nil, err
+	}
+	if k >= cmdStreamFirst {
+		return decodeStream(k, &r)
 	}
 	var c Command
 	switch k {
@@ -521,11 +534,14 @@ func (v *settleView) parse(r *reader) {
 type CommandInfo struct {
 	Kind         Kind
 	Topic, Group []byte
-	// Messages is the number of messages of a Publish.
+	// Messages is the number of messages of a Publish, 1 for a StreamAdd.
 	Messages int
-	// Max and Park are a Receive's.
+	// Max and Park are a Receive's, and those of a StreamReadGroup that may park: one stream, new entries. Topic and
+	// Group are set for both.
 	Max  int
 	Park bool
+	// Consumer is a StreamReadGroup's, where Topic and Group are set.
+	Consumer []byte
 }
 
 // Inspect checks an encoded command completely, as Apply would read it, and says what it is about. A node
@@ -536,6 +552,9 @@ func Inspect(cmd []byte) (CommandInfo, error) {
 		return CommandInfo{}, err
 	}
 	info := CommandInfo{Kind: k}
+	if k >= cmdStreamFirst {
+		return info, inspectStream(k, &r, &info)
+	}
 	switch k {
 	case CmdInit:
 		r.bytes()
@@ -581,11 +600,11 @@ func Inspect(cmd []byte) (CommandInfo, error) {
 	return info, nil
 }
 
-// WithPark returns an encoded Receive with its Park flag set or cleared, without decoding it. The given
-// slice is not changed.
+// WithPark returns an encoded Receive or StreamReadGroup with its Park flag set or cleared, without decoding
+// it. The given slice is not changed. A StreamReadGroup that cannot park is errs.BadRequest.
 func WithPark(cmd []byte, park bool) ([]byte, error) {
 	info, err := Inspect(cmd)
-	if err != nil || info.Kind != CmdReceive {
+	if err != nil || info.Kind != CmdReceive && (info.Kind != CmdStreamReadGroup || info.Topic == nil) {
 		return nil, errs.Of(errs.BadRequest).With(err)
 	}
 	out := append([]byte(nil), cmd...)
@@ -595,4 +614,20 @@ func WithPark(cmd []byte, park bool) ([]byte, error) {
 		*flags |= 2
 	}
 	return out, nil
+}
+
+// ParkProbe returns what Park needs to know of an encoded Receive or StreamReadGroup, nil if it cannot park.
+func ParkProbe(cmd []byte) *Receive {
+	info, err := Inspect(cmd)
+	switch {
+	case err != nil:
+	case info.Kind == CmdReceive:
+		c, err := DecodeCommand(cmd)
+		if r, ok := c.(*Receive); ok && err == nil {
+			return r
+		}
+	case info.Kind == CmdStreamReadGroup && info.Topic != nil:
+		return &Receive{Topic: string(info.Topic), Group: string(info.Group), Max: info.Max, Park: info.Park, consumer: string(info.Consumer)}
+	}
+	return nil
 }

@@ -26,6 +26,7 @@ type outcome struct {
 	kind      outcomeKind
 	code      errs.Code
 	published Published
+	count     int64
 	more      *outcomeMore
 }
 
@@ -52,13 +53,14 @@ type grantRecord struct {
 }
 
 func (o *outcome) set(r *Result) {
-	*o = outcome{kind: outcomeDone, code: r.Code, published: r.Published}
+	*o = outcome{kind: outcomeDone, code: r.Code, published: r.Published, count: r.Count}
 	if r.Intake == 0 && len(r.Deliveries) == 0 && len(r.Codes) == 0 && r.RetryAfter == 0 && r.Inflight == 0 && r.ExpiresAt == 0 && r.Original == (MessageID{}) &&
-		r.Count == 0 && r.Revision == 0 && r.Next == 0 && r.Upload == 0 {
+		r.Revision == 0 && r.Next == 0 && r.Upload == 0 && r.Stream == nil {
 		return
 	}
 	m := &outcomeMore{result: *r}
 	m.result.Deliveries = nil
+	m.result.Stream = r.Stream.bare()
 	if len(r.Deliveries) > 0 {
 		m.grants = make([]grantRecord, len(r.Deliveries))
 		for i := range r.Deliveries {
@@ -71,10 +73,11 @@ func (o *outcome) set(r *Result) {
 
 func (o *outcome) result() Result {
 	if o.more == nil {
-		return Result{Code: o.code, Published: o.published}
+		return Result{Code: o.code, Published: o.published, Count: o.count}
 	}
 	r := o.more.result
 	r.Codes = append([]errs.Code(nil), r.Codes...)
+	r.Stream = r.Stream.bare()
 	if len(o.more.grants) > 0 {
 		r.Deliveries = make([]Delivery, len(o.more.grants))
 		for i := range o.more.grants {

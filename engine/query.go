@@ -55,6 +55,8 @@ type Query struct {
 	// DrainRate is how many messages the group of a QueryGroup takes in 1000 seconds: the answer then says how
 	// many will expire before they are reached.
 	DrainRate uint64
+	// Stream is what the stream and key queries need beyond this.
+	Stream *StreamQuery
 }
 
 // Answer is what a Query gave; which fields are set depends on its kind.
@@ -73,6 +75,8 @@ type Answer struct {
 	Story     *Story
 	// Last is what After of the next QueryDelayed has to be when More is set.
 	Last string
+	// Stream is the answer to stream and key queries.
+	Stream *StreamAnswer
 }
 
 // TopicInfo describes a topic.

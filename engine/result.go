@@ -27,6 +27,7 @@ const (
 	resultNext
 	resultUpload
 	resultKinds // of Published
+	resultStream
 	resultFlagsEnd
 )
 
@@ -53,6 +54,7 @@ func AppendResult(b []byte, r *Result) []byte {
 	set(resultRevision, r.Revision != 0)
 	set(resultNext, r.Next != 0)
 	set(resultUpload, r.Upload != 0)
+	set(resultStream, r.Stream != nil)
 	b = append(b, resultVersion)
 	b = binary.AppendUvarint(b, uint64(r.Code))
 	b = binary.AppendUvarint(b, flags)
@@ -108,20 +110,24 @@ func AppendResult(b []byte, r *Result) []byte {
 		}
 		b = appendIDs(b, r.Published.Originals)
 	}
+	if flags&resultStream != 0 {
+		b = r.Stream.append(b)
+	}
 	return b
 }
 
 // DecodeResult decodes what AppendResult wrote. Bodies point into b.
 func DecodeResult(b []byte) (Result, error) {
 	r := reader{b: b}
-	out := r.result()
+	out := r.result(0)
 	if err := r.err(); err != nil {
 		return Result{}, err
 	}
 	return out, nil
 }
 
-func (r *reader) result() Result {
+// result reads a Result; depth counts the transactions around it, of which there is one at most.
+func (r *reader) result(depth int) Result {
 	var out Result
 	if r.u8() != resultVersion {
 		r.fail()
@@ -182,6 +188,9 @@ func (r *reader) result() Result {
 		if uint64(len(out.Published.Kinds)) != uint64(out.Published.Count) || len(out.Published.Originals) != duplicates {
 			r.fail()
 		}
+	}
+	if flags&resultStream != 0 {
+		out.Stream = r.streamResult(depth)
 	}
 	return out
 }

@@ -128,6 +128,8 @@ type NewMessage struct {
 	Body       []byte
 	// Large stands for a body that was uploaded in parts; only UploadCommit sets it.
 	Large *Large
+	// Fields are names and values in turn, as XADD brings them, instead of ContentType, Headers and Body.
+	Fields [][]byte
 }
 
 // Header is one name and value.
@@ -146,6 +148,8 @@ type Receive struct {
 	// Park makes a receive that finds nothing leave no result: its number stays open in the intake, so that
 	// the same command can be proposed again behind a publish.
 	Park bool
+
+	consumer string // in the probe of a StreamReadGroup: it does not park before its consumer exists
 }
 
 // ReceiveID leases one message by its ID.
@@ -241,6 +245,8 @@ type Result struct {
 	Next uint64
 	// Upload names the upload that UploadOpen began.
 	Upload uint64
+	// Stream is what stream commands give beyond that, nil for nothing.
+	Stream *StreamResult
 }
 
 // Published tells where the messages of one Publish went: Count messages with consecutive positions, offsets
@@ -312,7 +318,7 @@ type Effects struct {
 	// Due lists groups with parked receives whose next message becomes deliverable earlier than NextDue said
 	// before: whoever holds a timer for them sets it anew.
 	Due []GroupRef
-	// Appended names the topics that got entries, Topics is set when a topic came or went, and Documents names the tables
+	// Appended names the topics that got entries or came to stand under this name, Topics is set when a topic came or went, and Documents names the tables
 	// that changed. They are for whoever watches this node's state, on followers too.
 	Appended  []string
 	Topics    bool
@@ -321,6 +327,9 @@ type Effects struct {
 	InSync bool
 	// Configuration is set when the membership changed.
 	Configuration bool
+
+	// Answer is the caller's and not reset: this node proposed the entry, so the reads of an Exec are answered.
+	Answer bool
 }
 
 // GroupRef names a group and, for receives that name one, the deployment they wait for.

@@ -460,7 +460,7 @@ func (c *coalescer) build(ops, ride []*op) *batch {
 			o.endAgain(false)
 			continue
 		}
-		if !keep(o) || o.kind != engine.CmdPublish {
+		if !keep(o) || o.kind != engine.CmdPublish && o.kind != engine.CmdStreamAdd {
 			continue
 		}
 		found := false

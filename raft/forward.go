@@ -122,8 +122,13 @@ func (o *op) inspect() error {
 	}
 	o.kind = info.Kind
 	switch info.Kind {
-	case engine.CmdPublish:
+	case engine.CmdPublish, engine.CmdStreamAdd:
 		o.topic, o.count = info.Topic, info.Messages
+	case engine.CmdStreamReadGroup:
+		if o.receive = engine.ParkProbe(o.cmd); o.receive != nil {
+			o.ref = engine.GroupRef{Topic: o.receive.Topic, Group: o.receive.Group}
+			o.count = info.Max
+		}
 	case engine.CmdReceive:
 		c, err := engine.DecodeCommand(o.cmd)
 		if err != nil {
@@ -299,12 +304,12 @@ type forwardedRequest struct {
 }
 
 func (f *forwardedRequest) finish(o *op, out outcome) {
-	if out.kind != replied || len(o.result.Deliveries) == 0 {
+	if out.kind != replied || !o.result.HasContents() {
 		f.r.Reply(appendOutcome(make([]byte, 0, 64), o, out))
 		return
 	}
 	f.n.spawn(func() { // unless the node stops: then the connection's end is the answer
-		if err := f.n.load(o.result.Deliveries); err != nil {
+		if err := f.n.load(&o.result); err != nil {
 			f.r.Fail(peer.CodeFailed, err.Error())
 			return
 		}
@@ -367,8 +372,8 @@ func (n *Node) serveCommand(ctx context.Context, body []byte) ([]byte, error) {
 		n.dropOp(o)
 		return nil, context.Cause(ctx)
 	}
-	if out.kind == replied && len(o.result.Deliveries) > 0 {
-		if err := n.load(o.result.Deliveries); err != nil {
+	if out.kind == replied && o.result.HasContents() {
+		if err := n.load(&o.result); err != nil {
 			return nil, err
 		}
 	}

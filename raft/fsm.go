@@ -67,6 +67,7 @@ func (m *machine) apply(l *hraft.Log) error {
 		if applied, _ := eng.Applied(); l.Index <= applied {
 			return nil // replayed before hraft started; nobody waits for it
 		}
+		m.fx.Answer = b != nil
 		results, err := eng.Apply(l.Index, l.Term, l.Data, m.results[:0], &m.fx)
 		if err != nil {
 			return err

@@ -555,9 +555,9 @@ func (n *Node) pressed() bool {
 	return bytes > unsyncedBytesMax || oldest > unsyncedAgeMax
 }
 
-// load fills the contents of deliveries.
-func (n *Node) load(ds []engine.Delivery) error {
-	if err := n.eng.Load(ds); err != nil {
+// load fills the contents of what a command gave.
+func (n *Node) load(r *engine.Result) error {
+	if err := n.eng.LoadResult(r); err != nil {
 		return errs.Of(errs.OutcomeUnknown).With(err)
 	}
 	return nil
@@ -624,8 +624,8 @@ func (n *Node) Propose(ctx context.Context, p Proposal) (Reply, error) {
 	if refused != nil {
 		return Reply{}, refused
 	}
-	if reply.Bare = p.Bare && c.isLocal; c.isLocal && len(reply.Deliveries) > 0 && !p.Bare {
-		if err := n.load(reply.Deliveries); err != nil {
+	if reply.Bare = p.Bare && c.isLocal; c.isLocal && reply.HasContents() && !p.Bare {
+		if err := n.load(&reply.Result); err != nil {
 			return Reply{}, err
 		}
 	}
@@ -653,10 +653,10 @@ func (n *Node) Submit(p Proposal, done func(Reply, error)) {
 		switch {
 		case c.err != nil:
 			done(Reply{}, c.err)
-		case !c.isLocal || len(c.reply.Deliveries) == 0:
+		case !c.isLocal || !c.reply.HasContents():
 			done(c.reply, nil)
 		case !n.spawn(func() {
-			if err := n.load(c.reply.Deliveries); err != nil {
+			if err := n.load(&c.reply.Result); err != nil {
 				done(Reply{}, err)
 				return
 			}
@@ -678,9 +678,9 @@ func (n *Node) newCall(p Proposal) (*call, error) {
 	switch probe.kind {
 	case engine.CmdInit, engine.CmdOpenIntake, engine.CmdShrink, engine.CmdExpand:
 		return nil, errs.New(errs.BadRequest, "command kind %d is not for clients", probe.kind)
-	case engine.CmdReceive:
-		wait := p.Wait > 0
-		if probe.receive.Park != wait {
+	case engine.CmdReceive, engine.CmdStreamReadGroup:
+		wait := p.Wait > 0 && probe.receive != nil
+		if probe.receive != nil && probe.receive.Park != wait {
 			cmd, err := engine.WithPark(p.Command, wait)
 			if err != nil {
 				return nil, errs.From(err)

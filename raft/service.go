@@ -82,13 +82,13 @@ func (n *Node) settle(b *batch, index, term uint64, results []engine.Result) {
 			o.phase.Store(phaseQueued)
 			n.placed(o, n.coal.lot.add(o))
 			continue
-		case o.result.Code == errs.OK && (o.require == AllZones || o.require == Default && o.kind == engine.CmdPublish):
+		case o.result.Code == errs.OK && (o.require == AllZones || o.require == Default && o.kind.Stores()):
 			n.acks.add(o, n.cfg.Durability)
 			continue
 		}
 		if !o.parkUntil.IsZero() {
 			n.coal.lot.done(o)
-			if len(o.result.Deliveries) > 0 {
+			if o.result.HasContents() {
 				n.coal.lot.wake(o.ref) // there may be more
 			}
 		}
@@ -173,7 +173,7 @@ func (n *Node) complete() (missing []string) {
 
 // refuse says why an op must not be proposed now (decisions 10, 26).
 func (n *Node) refuse(o *op) *errs.Error {
-	if o.kind != engine.CmdPublish {
+	if !o.kind.Stores() {
 		return nil
 	}
 	if o.require == AllZones || o.require == Default && n.cfg.Durability == All {

@@ -71,6 +71,16 @@ const (
 	TopicFull
 	UploadNotFound
 	TooManyUploads
+	WrongType
+	GroupExists
+	StreamIDTooLow
+	StreamIDZero
+	StreamExhausted
+	StreamIDDeleted
+	StreamCountTooLow
+	KeyChanged
+	ReservedConsumer
+	MemoryLimit
 	codeCount
 )
 
@@ -136,6 +146,16 @@ var catalogue = [codeCount]Info{
 	TopicFull:           {"topic_full", 429, None, "the topic holds as many messages as it may", "wait until messages expire, or raise the topic's limit"},
 	UploadNotFound:      {"upload_not_found", 409, None, "the upload is over", "send the message again"},
 	TooManyUploads:      {"too_many_uploads", 429, None, "the node has as many large messages under way as it may", "try again after Retry-After seconds"},
+	WrongType:           {"wrong_type", 409, None, "the key holds a value of another type", "use another key, or delete this one first"},
+	GroupExists:         {"group_exists", 409, None, "the consumer group exists already", "nothing to do"},
+	StreamIDTooLow:      {"stream_id_too_low", 409, None, "the stream ID is not above the stream's last one", "let the stream choose the ID"},
+	StreamIDZero:        {"stream_id_zero", 400, None, "the stream ID 0-0 is no entry's", "use a greater ID"},
+	StreamExhausted:     {"stream_exhausted", 400, None, "an entry of the stream has the greatest possible ID, so nothing can come behind it", "publish to another topic"},
+	StreamIDDeleted:     {"stream_id_deleted", 409, None, "the stream ID is below that of a deleted entry", "use a greater ID"},
+	StreamCountTooLow:   {"stream_count_too_low", 409, None, "the counter is below the stream's length", "use a greater number"},
+	KeyChanged:          {"key_changed", 409, None, "a watched key has changed", "read it again and repeat the transaction"},
+	ReservedConsumer:    {"reserved_consumer", 400, None, "the consumer's name stands for the leases of the queue protocol", "use another name"},
+	MemoryLimit:         {"memory_limit", 429, None, "the request needs more memory than the cluster keeps for such values", "delete keys, or use smaller values"},
 }
 
 // Info returns the catalogue's entry; an unknown code reads as Internal.
