@@ -15,27 +15,37 @@ import (
 // drainPoll is how often Drain looks whether what it waits for has come.
 const drainPoll = 2 * time.Millisecond
 
-// Drain takes the node out of service without an unknown outcome (decision 28):
+// Leave is the first half of a stop: nothing depends on the node any more, and it goes on serving.
 //
 //  1. The coalescer is paused: what arrives goes back to its origin and waits there for the next leader.
 //  2. What is in flight is applied, and the watermark reaches what waits for it.
 //  3. The node leaves the in-sync set, so that nobody waits for it once it is gone.
 //  4. Leadership goes to the in-sync voter whose disk has most.
-//  5. What this node's own clients still wait for is done by the new leader.
 //
-// The node still passes requests to the leader until Close. A node that cannot hand over (it is the only voter,
-// or no other is in sync) only finishes what is in flight.
-func (n *Node) Drain(ctx context.Context) error {
-	if !n.draining.CompareAndSwap(false, true) {
+// Requests of the node's own clients go to the new leader. A node that cannot hand over (it is the only voter, or no
+// other is in sync) stays what it is.
+func (n *Node) Leave(ctx context.Context) error {
+	if n.draining.CompareAndSwap(false, true) {
+		n.log.Info("draining")
+	}
+	if len(n.voters()) <= 1 || !n.isVoter(n.id) {
 		return nil
 	}
-	n.log.Info("draining")
-	var err error
-	if len(n.voters()) > 1 && n.isVoter(n.id) {
-		if err = n.handOver(ctx); err != nil {
-			n.log.Warn("leaving without having handed over", "error", err)
-		}
+	err := n.handOver(ctx)
+	if err != nil {
+		n.log.Warn("leaving without having handed over", "error", err)
 	}
+	return err
+}
+
+// Drain takes the node out of service without an unknown outcome (decision 28): it does what Leave does, refuses new
+// requests, and waits until what was taken is done. Messages of other nodes are passed on until Close.
+func (n *Node) Drain(ctx context.Context) error {
+	if n.drained.Swap(true) {
+		return nil
+	}
+	// Again after a Leave: a node that stayed long enough may have been taken into the in-sync set once more.
+	err := n.Leave(ctx)
 	// From here on new requests are refused and waiting receives are answered; what else was taken finishes at
 	// the leader.
 	n.intake.refuse(errs.Of(errs.Draining))

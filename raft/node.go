@@ -97,10 +97,11 @@ type Node struct {
 	// openTerm is the term in which this node is open for service as leader, 0 while it is not.
 	openTerm atomic.Uint64
 	stalled  atomic.Bool
-	draining atomic.Bool
-	closing  atomic.Bool
-	ready    atomic.Bool // hraft runs
-	changing atomic.Bool // a membership change is under way
+	// draining is set by Leave, drained by Drain.
+	draining, drained atomic.Bool
+	closing           atomic.Bool
+	ready             atomic.Bool // hraft runs
+	changing          atomic.Bool // a membership change is under way
 
 	policyMu sync.Mutex
 	policy   *zonePolicy

@@ -143,7 +143,7 @@ func TestConnectionBound(t *testing.T) {
 		defer conn.Close()
 		open = append(open, conn)
 	}
-	waitFor(t, func() bool { return s.load.connections.open() == 2 })
+	waitFor(t, func() bool { return s.load.connections.count() == 2 })
 	conn, err := net.Dial("tcp", host)
 	if err != nil {
 		t.Fatal(err)
@@ -161,14 +161,8 @@ func TestConnectionBound(t *testing.T) {
 		t.Errorf("the connection above the bound: %s %s", res.Status, body)
 	}
 	open[0].Close()
-	waitFor(t, func() bool { return s.load.connections.open() == 1 })
+	waitFor(t, func() bool { return s.load.connections.count() == 1 })
 	expect(t, call(t, "POST", base+"/api/v3/topic/t", []byte("x")), 201, "")
-}
-
-func (c *connections) open() int {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.all
 }
 
 // TestSlowClients runs clients that take their time against short timeouts.
@@ -178,7 +172,7 @@ func TestSlowClients(t *testing.T) {
 		TransferGrace: 500 * time.Millisecond, TransferRate: 1 << 20, RequestTimeout: 500 * time.Millisecond,
 	}})
 	servertest.Slow(t, servertest.Target{URL: base})
-	waitFor(t, func() bool { return s.load.bytes.Load() == 0 && s.load.connections.open() == 0 })
+	waitFor(t, func() bool { return s.load.bytes.Load() == 0 && s.load.connections.count() == 0 })
 }
 
 // TestReaderThatNeverReads: an answer that nobody takes is given up, and its bytes are free again.
@@ -201,7 +195,7 @@ func TestReaderThatNeverReads(t *testing.T) {
 	conn.(*net.TCPConn).SetReadBuffer(4 << 10)
 	fmt.Fprintf(conn, "POST /api/v3/topic/t/consumer/g HTTP/1.1\r\nHost: %s\r\nAccept: multipart/mixed\r\nVqs-Max-Messages: 10\r\n\r\n", host)
 	waitFor(t, func() bool { return s.load.bytes.Load() == int64(len(deliveries)*len(body)) })
-	waitFor(t, func() bool { return s.load.bytes.Load() == 0 && s.load.connections.open() == 0 })
+	waitFor(t, func() bool { return s.load.bytes.Load() == 0 && s.load.connections.count() == 0 })
 }
 
 // TestStalledClientsDisturbNobody: many bodies that never come, and requests beside them go through.
@@ -283,6 +277,70 @@ func TestDrain(t *testing.T) {
 	if err := <-stopped; err != nil {
 		t.Errorf("shutdown: %v", err)
 	}
+}
+
+// TestLinger holds an idle connection open through a drain: it is served until the time is over, and only its answer
+// ends it.
+func TestLinger(t *testing.T) {
+	s, base := start(t, Options{Backend: &fakeBackend{}})
+	dial := func() (net.Conn, *bufio.Reader) {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(base, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		return conn, bufio.NewReader(conn)
+	}
+	ask := func(conn net.Conn, r *bufio.Reader) *http.Response {
+		t.Helper()
+		fmt.Fprintf(conn, "GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+		res, err := http.ReadResponse(r, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.Copy(io.Discard, res.Body)
+		res.Body.Close()
+		return res
+	}
+	used, fromUsed := dial()
+	if ask(used, fromUsed).Close {
+		t.Fatal("an answer ends its connection before the drain")
+	}
+	fresh, fromFresh := dial()
+	waitFor(t, func() bool { return s.load.connections.count() == 2 })
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	over := make(chan struct{})
+	go func() {
+		s.Linger(ctx)
+		close(over)
+	}()
+	waitFor(t, s.Draining)
+	for what, conn := range map[string]net.Conn{"used": used, "fresh": fresh} {
+		r := fromUsed
+		if conn == fresh {
+			r = fromFresh
+		}
+		if !ask(conn, r).Close {
+			t.Errorf("an answer on the %s connection while draining keeps it", what)
+		}
+		if _, err := r.ReadByte(); !errors.Is(err, io.EOF) {
+			t.Errorf("the %s connection after its answer: %v, want its end", what, err)
+		}
+		conn.Close()
+	}
+	<-over // nobody is left, and the time is not over
+	idle, fromIdle := dial()
+	waitFor(t, func() bool { return s.load.connections.count() == 1 })
+	cancel()
+	s.Linger(ctx) // returns although a connection is open
+	if err := s.Shutdown(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := fromIdle.ReadByte(); !errors.Is(err, io.EOF) {
+		t.Errorf("the idle connection after the stop: %v, want its end", err)
+	}
+	idle.Close()
 }
 
 // A client that hangs up ends its wait, and what it may have been given goes back.

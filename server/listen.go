@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"tercet.dev/tercet/internal/errs"
@@ -75,12 +76,19 @@ func Listen(ctx context.Context, addr string) ([]net.Listener, error) {
 	}
 }
 
-// bound wraps a listener so that it keeps the bounds on connections and looks at request heads (see headConn).
-func (s *Server) bound(l net.Listener) net.Listener { return &listener{Listener: l, s: s} }
-
+// listener keeps the bounds on connections, looks at request heads (see headConn), and ends without losing anybody
+// (see refuse).
 type listener struct {
 	net.Listener
 	s *Server
+	// closed is closed by Close, drained when everybody who was let in before refuse has been handed on.
+	closed, drained chan struct{}
+	once            sync.Once
+
+	mu sync.Mutex
+	// refusing is set once nobody is let in any more, late holds those who were and have not been accepted.
+	refusing bool
+	late     []net.Conn
 }
 
 // tooMany is what a connection above the bounds is told. Which operation it would have asked for is not known;
@@ -98,12 +106,14 @@ func (l *listener) Accept() (net.Conn, error) {
 	for {
 		c, err := l.Listener.Accept()
 		if err != nil {
-			return nil, err
+			if c, err = l.nextLate(err); err != nil {
+				return nil, err
+			}
 		}
-		addr, ok := l.s.load.admit(c)
-		if ok {
+		conn := &headConn{Conn: c, s: l.s, accepted: time.Now(), inHead: true}
+		if l.s.load.admit(conn) {
 			l.s.metrics.conns.Inc()
-			return &headConn{Conn: c, s: l.s, addr: addr, inHead: true}, nil
+			return conn, nil
 		}
 		l.s.metrics.refused.connections.Inc()
 		// The answer fits the socket's buffer; a client that does not take it does not hold us up.
@@ -113,38 +123,37 @@ func (l *listener) Accept() (net.Conn, error) {
 	}
 }
 
-// connections counts open connections, all and by remote address.
+// connections are the open ones, and how many there are by remote address.
 type connections struct {
 	mu     sync.Mutex
-	all    int
+	open   map[*headConn]struct{}
 	byAddr map[netip.Addr]int
 }
 
 // admit counts a new connection in, unless a bound is reached.
-func (l *load) admit(c net.Conn) (netip.Addr, bool) {
-	var addr netip.Addr
+func (l *load) admit(c *headConn) bool {
 	if tcp, ok := c.RemoteAddr().(*net.TCPAddr); ok {
-		addr = tcp.AddrPort().Addr().Unmap()
+		c.addr = tcp.AddrPort().Addr().Unmap()
 	}
 	k := &l.connections
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.all >= l.connectionsMax || k.byAddr[addr] >= l.perAddrMax {
-		return addr, false
+	if len(k.open) >= l.connectionsMax || k.byAddr[c.addr] >= l.perAddrMax {
+		return false
 	}
-	k.all++
-	k.byAddr[addr]++
-	return addr, true
+	k.open[c] = struct{}{}
+	k.byAddr[c.addr]++
+	return true
 }
 
 // leave counts a connection out.
-func (l *load) leave(addr netip.Addr) {
+func (l *load) leave(c *headConn) {
 	k := &l.connections
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.all--
-	if k.byAddr[addr]--; k.byAddr[addr] == 0 {
-		delete(k.byAddr, addr)
+	delete(k.open, c)
+	if k.byAddr[c.addr]--; k.byAddr[c.addr] == 0 {
+		delete(k.byAddr, c.addr)
 	}
 }
 
@@ -163,6 +172,9 @@ type headConn struct {
 	s    *Server
 	addr netip.Addr
 	once sync.Once
+	// state is one of connSilent, connBusy and connIdle.
+	state    atomic.Int32
+	accepted time.Time
 
 	mu     sync.Mutex
 	inHead bool
@@ -178,6 +190,9 @@ type headConn struct {
 func (c *headConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	if n > 0 {
+		if c.state.Load() != connBusy {
+			c.state.Store(connBusy)
+		}
 		c.mu.Lock()
 		ok := !c.inHead || c.look(p[:n])
 		c.mu.Unlock()
@@ -191,7 +206,7 @@ func (c *headConn) Read(p []byte) (int, error) {
 // Close implements net.Conn.
 func (c *headConn) Close() error {
 	c.once.Do(func() {
-		c.s.load.leave(c.addr)
+		c.s.load.leave(c)
 		c.s.metrics.conns.Dec()
 	})
 	return c.Conn.Close()
@@ -215,7 +230,15 @@ func (c *headConn) expect(head bool) {
 
 // connState is http.Server's: an idle connection expects a head.
 func connState(conn net.Conn, state http.ConnState) {
-	if c, ok := conn.(*headConn); ok && state == http.StateIdle {
+	c, ok := conn.(*headConn)
+	if !ok {
+		return
+	}
+	switch state {
+	case http.StateActive:
+		c.state.Store(connBusy) // its head may have come together with the request before
+	case http.StateIdle:
+		c.state.Store(connIdle)
 		c.expect(true)
 	}
 }

@@ -23,6 +23,7 @@ func (l *load) init(limits *Limits) {
 	l.requestsMax, l.waitsMax, l.bytesMax = int64(limits.Requests), int64(limits.Waits), limits.InflightBytes
 	l.connectionsMax, l.perAddrMax = limits.Connections, limits.ConnectionsPerAddr
 	l.connections.byAddr = make(map[netip.Addr]int)
+	l.connections.open = make(map[*headConn]struct{})
 }
 
 // take adds n to a counter unless that exceeds its bound.

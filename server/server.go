@@ -130,8 +130,9 @@ type Authorizer interface {
 // Server answers HTTP for one node. It is an http.Handler; Serve runs it on listeners with the timeouts and
 // bounds that the protocol needs.
 //
-// A stop has four steps, in this order: Drain (not ready any more, waiting receives are sent elsewhere), the
-// node's own drain, Shutdown (no new requests, those in flight finish), and the node's Close.
+// A stop has five steps, in this order: Drain (not ready any more, waiting receives are sent elsewhere), the
+// node's Leave (nothing depends on it any more, requests are passed on), Linger (clients learn to go elsewhere),
+// Shutdown (no new requests, those in flight finish) with the node's Drain, and the node's Close.
 type Server struct {
 	backend    Backend
 	version    string
@@ -151,6 +152,11 @@ type Server struct {
 
 	idPrefix string
 	idNext   atomic.Uint64
+
+	// mu guards what Shutdown and Serve have in common.
+	mu        sync.Mutex
+	stopping  bool
+	listeners []*listener
 
 	// drained is done once Drain was called; waiting receives end with it.
 	drained context.Context
@@ -232,34 +238,15 @@ func New(o Options) (*Server, error) {
 
 // Serve answers requests on the listener until Shutdown or Close, and then returns nil. The listener is closed.
 func (s *Server) Serve(l net.Listener) error {
-	err := s.http.Serve(s.bound(l))
+	bound, err := s.listen(l)
+	if err != nil {
+		return l.Close() // a stop has begun
+	}
+	err = s.http.Serve(bound)
 	if errors.Is(err, http.ErrServerClosed) {
 		return nil
 	}
 	return err
-}
-
-// Drain makes /readyz fail and ends waiting receives with an answer that tells clients to try another node.
-// Other requests are served as before; each answer closes its connection.
-func (s *Server) Drain() { s.drain(errDraining) }
-
-// Draining reports whether Drain was called.
-func (s *Server) Draining() bool { return s.drained.Err() != nil }
-
-// Shutdown stops taking requests and waits until those in flight are answered, or ctx ends; then it closes what
-// is left. It implies Drain.
-func (s *Server) Shutdown(ctx context.Context) error {
-	s.Drain()
-	if err := s.http.Shutdown(ctx); err != nil {
-		return errors.Join(err, s.http.Close())
-	}
-	return nil
-}
-
-// Close stops at once.
-func (s *Server) Close() error {
-	s.Drain()
-	return s.http.Close()
 }
 
 // exchange is one request and its answer.

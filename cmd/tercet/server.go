@@ -62,7 +62,7 @@ func (o *serverOptions) register(f *pflag.FlagSet) {
 	f.StringSliceVar(&o.publicHosts, "public-host", nil, "host `names`, besides addresses and localhost, that requests may be addressed to")
 	f.StringVar(&o.durability, "durability", "in-sync", "what a publish waits for: the disks of the in-sync zones, or of `all` zones")
 	f.DurationVar(&o.zoneTimeout, "zone-timeout", 2*time.Second, "how long a silent zone stays in the in-sync set")
-	f.DurationVar(&o.drainGrace, "drain-grace", 0, "how long to go on serving after /readyz turned 503 at a stop, for load balancers")
+	f.DurationVar(&o.drainGrace, "drain-grace", time.Second, "how long to go on serving at a stop, with /readyz at 503, while connections are open")
 	f.Var(&o.diskReserve, "disk-reserve", "free space below which publishes are refused (default: 5 % of the disk, at most 1 GiB)")
 	f.Var(&o.walSegmentSize, "wal-segment-size", "size of a log segment (default 64 MiB)")
 	f.Var(&o.memory, "memory", "budget for caches, buffers and queues (default: a quarter of the memory, at most 1 GiB)")
@@ -87,7 +87,8 @@ Each flag can also be set as TERCET_… (--zone-timeout is TERCET_ZONE_TIMEOUT; 
 that holds the value) and in a YAML file. A flag comes before the environment, that before the file.
 
 SIGTERM drains: /readyz turns 503, waiting receives are sent elsewhere, leadership is handed on, requests
-in flight are finished. A second signal ends the process at once.`,
+are served on open connections for --drain-grace and told to go elsewhere. A second signal ends the process
+at once.`,
 		Example: examples(`
 			tercet server --node-id n1 --data /var/lib/tercet
 			tercet server --node-id n1 --zone a --data /var/lib/tercet --peers n1=127.0.0.1:7401,n2=127.0.0.1:7402,n3=127.0.0.1:7403 --peer 127.0.0.1:7401
@@ -336,26 +337,35 @@ func (a *app) server(ctx context.Context, o *serverOptions) error {
 // errStopped is the cause of a context that a signal ended.
 var errStopped = errors.New("stopped by a signal")
 
-// drain stops a serving node without consequences for its clients.
+// drain stops a serving node without consequences for its clients. Requests are served, by passing them on, until
+// nobody has a connection open or the grace is over: a client that finds out from an answer goes elsewhere, one that
+// finds its connection closed under a request knows nothing.
 func drain(log hclog.Logger, srv *server.Server, node *raft.Node, grace time.Duration) error {
 	start := time.Now()
 	srv.Drain()
-	if grace > 0 {
-		select {
-		case <-time.After(grace):
-		case <-node.Done():
-		}
-	}
+	lingering, stop := context.WithTimeout(context.Background(), grace)
+	defer stop()
 	ctx, cancel := context.WithTimeout(context.Background(), shutdownPatience)
 	defer cancel()
-	if err := node.Drain(ctx); err != nil {
-		log.Warn("the node was not drained in full", "error", err)
+	if err := node.Leave(ctx); err != nil {
+		log.Warn("the node is still needed", "error", err)
 	}
-	// The node passes requests on to the new leader until it is closed, so HTTP ends first.
+	go func() {
+		select {
+		case <-node.Done():
+			stop()
+		case <-lingering.Done():
+		}
+	}()
+	srv.Linger(lingering)
+	// The node passes requests on to the leader until it is drained, so HTTP ends first.
 	ctx, cancel = context.WithTimeout(context.Background(), shutdownPatience)
 	defer cancel()
 	if err := srv.Shutdown(ctx); err != nil {
 		log.Warn("some requests were cut off", "error", err)
+	}
+	if err := node.Drain(ctx); err != nil {
+		log.Warn("the node was not drained in full", "error", err)
 	}
 	if err := node.Close(); err != nil {
 		return fmt.Errorf("close the node: %w", err)

@@ -116,9 +116,9 @@ func zonesWithout(c *harness.Cluster, n *harness.Node) []string {
 // valid fails the test when the run did too little to mean anything.
 func valid(t *testing.T, r *history.Report, publishes int) {
 	t.Helper()
-	if r.PublishOK < publishes || r.AckOK < publishes || r.Redelivered < publishes/40 || r.StaleRefused < publishes/100 {
+	if r.PublishOK < publishes || r.AckOK < publishes || r.Redelivered < publishes/40 || r.StaleRefused < publishes/400 {
 		t.Errorf("the run did too little: want %d publishes and acknowledgements, %d redeliveries, %d stale receipts refused; got %v",
-			publishes, publishes/40, publishes/100, r)
+			publishes, publishes/40, publishes/400, r)
 	}
 }
 

@@ -12,7 +12,7 @@ import (
 // node, see no unknown outcome.
 func TestRollingRestart(t *testing.T) {
 	seed := harness.Seed(t)
-	c := harness.Start(t, harness.Options{Args: []string{"--drain-grace", "1s"}})
+	c := harness.Start(t, harness.Options{})
 	load := workload.Start(t, c, workload.Options{Seed: seed})
 	load.WaitPublished(100)
 	for range harness.Scale(1, 15) {
@@ -24,7 +24,7 @@ func TestRollingRestart(t *testing.T) {
 			c.WaitInSync(c.Zones()...)
 			load.WaitPublished(100)
 			gap, _ := load.Recorder.History().Gap(from, load.Recorder.Now())
-			t.Logf("restart of %s (leader: %v): no publish was confirmed for %v", n.ID, n == leader, gap.Round(time.Millisecond))
+			t.Logf("restart of %s (leader: %v) at %v: no publish was confirmed for %v", n.ID, n == leader, from, gap.Round(time.Millisecond))
 		}
 		if c.Leader() == leader {
 			t.Errorf("%s leads again without having handed leadership on", leader.ID)
