@@ -109,6 +109,11 @@ func (e *Engine) apply(index, term uint64, entry []byte, results []Result, fx *E
 	e.chain = chainHash(e.chain, index, entry)
 	e.stamp.Cluster += e.advance
 	e.stamp.Wall += e.advance
+	if e.advance > 0 {
+		for _, in := range e.intakes {
+			in.heard += e.advance // nobody was silent in a time that did not pass
+		}
+	}
 	e.tidy()
 	if err := e.report(); err != nil {
 		return results, err

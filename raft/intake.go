@@ -81,6 +81,8 @@ type intake struct {
 	// outgoing are ordered calls on their way to the sender, each once; pumping while a goroutine passes them on.
 	outgoing []*call
 	pumping  bool
+	// numberedAt is when a number was last given out.
+	numberedAt time.Time
 	// timed counts the calls with a deadline of their own.
 	timed int
 	// told are submitted calls whose outcome is to be passed on once the lock is released.
@@ -205,6 +207,20 @@ func (in *intake) submit(c *call) {
 	}
 }
 
+// idle reports whether nothing was brought in for a while, and could be.
+func (in *intake) idle(every time.Duration) bool {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return in.id != 0 && in.route.node != "" && in.now().Sub(in.numberedAt) >= every
+}
+
+// lowestNumber returns the lowest number without an outcome.
+func (in *intake) lowestNumber() uint64 {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return in.lowest
+}
+
 // passLocked puts c among the outgoing calls.
 func (in *intake) passLocked(c *call) {
 	if !c.isOutgoing {
@@ -306,6 +322,7 @@ func (in *intake) roomLocked(n int) *errs.Error {
 func (in *intake) numberLocked(c *call) {
 	c.number = in.next
 	in.next++
+	in.numberedAt = in.now()
 	if n := uint64(len(in.calls)); in.next-in.lowest > n {
 		bigger := make([]*call, 2*n)
 		for i := in.lowest; i < c.number; i++ {

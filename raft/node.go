@@ -56,6 +56,8 @@ type testHooks struct {
 	installGrace time.Duration
 	// parkSlice overrides parkSliceMax, when not zero.
 	parkSlice time.Duration
+	// keepIntake overrides keepIntakeEvery, when not zero.
+	keepIntake time.Duration
 }
 
 // A Node is one member of the cluster. Its methods may be called from any goroutine.
@@ -454,6 +456,9 @@ func (n *Node) buildService() {
 	n.intake.release = n.release
 	if n.cfg.test.parkSlice != 0 {
 		n.intake.slice = n.cfg.test.parkSlice
+	}
+	if n.cfg.test.keepIntake == 0 {
+		n.cfg.test.keepIntake = keepIntakeEvery
 	}
 	n.reads = newReadRounds(n.now, n.evidenceSince)
 }

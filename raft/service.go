@@ -314,6 +314,7 @@ func (n *Node) tick() {
 		n.watchDisk()
 		n.watchOpening()
 		n.updateRoute()
+		n.keepIntake()
 		n.stepPolicy()
 		n.stepMembership()
 	}
@@ -453,6 +454,18 @@ func (n *Node) leaderNow() engine.NodeID {
 		}
 	}
 	return node
+}
+
+// keepIntakeEvery is how long this process's intake may be idle before something is brought in that only shows it is
+// there. The cluster closes an intake after limits.IntakeSilenceMax.
+const keepIntakeEvery = limits.IntakeSilenceMax / 5
+
+// keepIntake keeps an idle intake alive.
+func (n *Node) keepIntake() {
+	if n.intake.idle(n.cfg.test.keepIntake) {
+		cmd := &engine.Tick{}
+		n.intake.submit(&call{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority, notify: func(*call) {}})
+	}
 }
 
 // openIntake opens this process's intake when it is not: at start, and after the cluster closed it.
