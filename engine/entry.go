@@ -137,6 +137,13 @@ type EntryInfo struct {
 	Commands int
 }
 
+// EntryStamp returns the stamp of an entry from its head alone.
+func EntryStamp(entry []byte) (Stamp, error) {
+	r := reader{b: entry}
+	h, err := parseEntryHead(&r)
+	return h.stamp, err
+}
+
 // InspectEntry reads an entry without applying it.
 func InspectEntry(entry []byte) (EntryInfo, error) {
 	r := reader{b: entry}

@@ -25,6 +25,8 @@ type card struct {
 	Applied uint64 `json:"applied,omitempty"`
 	// Leads is the term in which the node is open for service as leader, 0 when it is not.
 	Leads uint64 `json:"leads,omitempty"`
+	// Clock is the cluster time when the card was written, from the node that leads.
+	Clock int64 `json:"clock,omitempty"`
 	// Level is the newest feature level the node's release knows.
 	Level uint32 `json:"level,omitempty"`
 	// Expected names the nodes that an operator has invited (AddMember, ReplaceMember), with the time until

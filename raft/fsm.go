@@ -134,7 +134,8 @@ func (m *machine) Restore(r io.ReadCloser) error {
 		m.die(fmt.Errorf("opening the installed state: %w", err))
 		return err
 	}
-	m.n.clock.observe(m.n.eng.Stamp())
+	_, term := m.n.eng.Applied()
+	m.n.clock.follow(term, m.n.eng.Stamp())
 	m.n.noteEffects(&engine.Effects{InSync: true, Configuration: true})
 	m.n.watches.signalAll()
 	m.n.applied()

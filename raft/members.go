@@ -443,9 +443,17 @@ func (n *Node) sendCard(id peer.ID, body []byte) {
 	conn.Go(kindCard, 0, [][]byte{body}, func(reply []byte, err error) {
 		var c card
 		if err == nil && json.Unmarshal(reply, &c) == nil && c.ID == engine.NodeID(id) {
-			n.directory.put(c, n.now())
+			n.noteCard(c)
 		}
 	})
+}
+
+// noteCard takes note of another node's card.
+func (n *Node) noteCard(c card) {
+	n.directory.put(c, n.now())
+	if c.Leads != 0 {
+		n.clock.hear(c.Leads, c.Clock)
+	}
 }
 
 // exchangeNow has the cards exchanged at once.
@@ -462,7 +470,7 @@ func (n *Node) serveCard(from engine.NodeID, body []byte) ([]byte, error) {
 	if err := json.Unmarshal(body, &c); err != nil || c.ID != from {
 		return nil, errMalformed
 	}
-	n.directory.put(c, n.now())
+	n.noteCard(c)
 	return json.Marshal(n.card())
 }
 
@@ -470,8 +478,13 @@ func (n *Node) serveCard(from engine.NodeID, body []byte) ([]byte, error) {
 func (n *Node) card() card {
 	free, reserve := n.space()
 	index, _ := n.eng.Applied()
+	leads := n.openTerm.Load()
+	var clock int64
+	if leads != 0 {
+		clock = n.clock.now().Cluster
+	}
 	return card{ID: n.id, Zone: n.cfg.Zone, Peer: n.cfg.PeerAddr, HTTP: n.cfg.HTTPAddr, Valkey: n.cfg.ValkeyAddr,
-		Version: n.cfg.Version, Free: free, Reserve: reserve, Applied: index, Level: engine.LevelMax(), Leads: n.openTerm.Load(),
+		Version: n.cfg.Version, Free: free, Reserve: reserve, Applied: index, Level: engine.LevelMax(), Leads: leads, Clock: clock,
 		Expected: n.directory.invitations(n.now())}
 }
 

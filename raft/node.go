@@ -169,6 +169,26 @@ func (l *logs) GetLog(index uint64, e *hraft.Log) error {
 	return err
 }
 
+// StoreLogs implements hraft.LogStore. The clock hears of an entry as early as the log: a node that is elected may hold
+// entries that it has not applied.
+func (l *logs) StoreLogs(entries []*hraft.Log) error {
+	if err := l.Store.StoreLogs(entries); err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.Type != hraft.LogCommand {
+			continue
+		}
+		if s, err := engine.EntryStamp(e.Data); err == nil { // else applying it will tell
+			l.node.clock.follow(e.Term, s)
+		}
+	}
+	return nil
+}
+
+// StoreLog implements hraft.LogStore.
+func (l *logs) StoreLog(e *hraft.Log) error { return l.StoreLogs([]*hraft.Log{e}) }
+
 // SetUint64 implements hraft.StableStore. When its term cannot be saved, raft panics on its main goroutine. The disk
 // that refused has stopped the node already (wal.Options.OnFatal), so the goroutine ends here instead, and the
 // process by an orderly exit that says why.
@@ -387,10 +407,10 @@ func (n *Node) recoverState() error {
 	index, config := store.Configuration()
 	n.configured(index, config)
 
-	n.clock = newClusterClock(time.Now, n.cfg.test.wall, n.cfg.VirtualClock, n.eng.Stamp())
+	n.clock = n.recoveredClock()
 	n.acks = &acks{watermark: n.watermark, zones: n.holding, closed: true}
 	n.coal = newCoalescer(coalescerEnv{
-		stamp: n.clock.now, level: n.eng.Level,
+		stamp: n.clock.stamp, level: n.eng.Level,
 		propose: func(entry []byte) { n.raft.ApplyLog(hraft.Log{Data: entry}, 0) },
 		pressed: n.pressed, refuse: n.refuse, eng: n.eng, fatal: n.fatal,
 	}, max(n.cfg.MemoryBudget/8, 16<<20))
@@ -409,9 +429,6 @@ func (n *Node) recoverState() error {
 	if through > first {
 		n.log.Info("replayed the log", "from", first+1, "through", through)
 	}
-	// What was replayed was received when this process began, as far as clocks go.
-	n.clock = newClusterClock(time.Now, n.cfg.test.wall, n.cfg.VirtualClock, n.eng.Stamp())
-	n.coal.env.stamp = n.clock.now
 	n.sinceSync()
 	if have := n.eng.ClusterID(); have != "" && have != n.dir.id.Previous {
 		if known := n.dir.id.Cluster; known != "" && known != have {
@@ -421,6 +438,28 @@ func (n *Node) recoverState() error {
 		n.foundedAs(have)
 	}
 	return nil
+}
+
+// recoveredClock makes a clock that goes on from what this node has: what it holds was received when its process
+// began, as far as clocks go.
+func (n *Node) recoveredClock() *clusterClock {
+	_, term := n.eng.Applied()
+	c := newClusterClock(time.Now, n.cfg.test.wall, n.cfg.VirtualClock, term, n.eng.Stamp())
+	applied, _ := n.eng.Applied()
+	var l hraft.Log
+	for index := n.logs.Last(); index > applied; index-- {
+		if err := n.logs.Store.GetLog(index, &l); err != nil {
+			break // what cannot be read is found when it has to be applied
+		}
+		c.term = max(c.term, l.Term)
+		if l.Type == hraft.LogCommand {
+			if s, err := engine.EntryStamp(l.Data); err == nil {
+				c.follow(l.Term, s)
+			}
+			break
+		}
+	}
+	return c
 }
 
 // damaged makes an error about log and store a refusal to start.
