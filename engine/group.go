@@ -22,6 +22,8 @@ type lease struct {
 	low      uint16 // offset within the chunk
 	state    leaseState
 	flags    uint8 // what folding noted; never stored, never hashed
+	// routed: a ReceiveID may take the lease over (Route).
+	routed bool
 }
 
 type leaseState uint8
@@ -419,12 +421,22 @@ func (g *group) grant(off uint64, l *lease, now, visibility int64) {
 	l.epoch = g.epoch
 	l.count++
 	l.granted, l.deadline = now, now+visibility
-	l.state, l.flags = leased, 0
+	l.state, l.flags, l.routed = leased, 0, false
 	g.inflight++
 	g.delivered++
 	if l.count > 1 {
 		g.redelivered++
 	}
+	g.touch(off)
+	g.pushPending(timer{l.deadline, off})
+}
+
+// takeOver hands a routed lease to whoever asked for the message by its ID. It is a new grant, but not another
+// delivery.
+func (g *group) takeOver(off uint64, l *lease, now, visibility int64) {
+	g.epoch++
+	l.epoch = g.epoch
+	l.granted, l.deadline, l.routed = now, now+visibility, false
 	g.touch(off)
 	g.pushPending(timer{l.deadline, off})
 }
@@ -450,7 +462,7 @@ func (g *group) grantNew(off uint64, stream StreamID, expiry, now, visibility in
 func (g *group) release(off uint64, l *lease, at int64) {
 	at = max(at, l.granted+backoff(l.count))
 	g.inflight--
-	l.state, l.flags, l.deadline = released, 0, at
+	l.state, l.flags, l.deadline, l.routed = released, 0, at, false
 	g.touch(off)
 	g.pushPending(timer{at, off})
 }
@@ -473,7 +485,7 @@ func (g *group) acknowledge(off uint64, l *lease) {
 	if l.state == leased && l.flags&flagLapsed == 0 {
 		g.inflight--
 	}
-	l.state, l.flags, l.deadline = settledAhead, 0, never
+	l.state, l.flags, l.deadline, l.routed = settledAhead, 0, never, false
 	g.touch(off)
 }
 

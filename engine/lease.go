@@ -148,6 +148,14 @@ func (e *Engine) applyReceiveID(r *reader, res *Result) error {
 	case l == nil && off < g.next, l != nil && l.state == settledAhead:
 		res.Code = errs.AlreadyAcknowledged
 		return nil
+	case l != nil && l.state == leased && l.routed && l.deadline > now:
+		g.takeOver(off, l, now, v.visibility)
+		res.Code = errs.OK
+		res.Deliveries = []Delivery{e.delivery(b, i, g, l)}
+		if g.parked {
+			e.look(g)
+		}
+		return nil
 	case l != nil && l.state == leased && l.deadline > now:
 		wait(errs.LeasedElsewhere, l.deadline)
 		return nil
@@ -178,7 +186,7 @@ func (e *Engine) applySettle(r *reader, res *Result) error {
 	var v settleView
 	v.parse(r)
 	switch {
-	case r.bad || v.count == 0 || v.op != Acknowledge && v.op != Extend && v.op != Release:
+	case r.bad || v.count == 0 || v.op < Acknowledge || v.op > Route:
 		res.Code = errs.BadRequest
 		return nil
 	case len(v.deployment) > 0:
@@ -237,6 +245,9 @@ func (e *Engine) settle(g *group, rc Receipt, v *settleView, res *Result) (errs.
 		return errs.LeaseExpired, nil
 	case v.op == Acknowledge:
 		g.acknowledge(rc.Offset, l)
+	case v.op == Route:
+		l.routed = true
+		g.touch(rc.Offset)
 	case v.op == Release || v.visibility == 0:
 		g.release(rc.Offset, l, now+v.visibility)
 	case l.expiry != never && now+v.visibility > l.expiry:

@@ -51,6 +51,7 @@ type modelLease struct {
 	count             uint32
 	deadline, granted int64
 	released          bool
+	routed            bool
 }
 
 func (l *modelLease) due() int64 {
@@ -189,7 +190,7 @@ func (m *model) grant(g *modelGroup, off int, vis time.Duration) string {
 	g.epoch++
 	l.epoch = g.epoch
 	l.count++
-	l.granted, l.deadline, l.released = m.now, m.now+vis.Milliseconds(), false
+	l.granted, l.deadline, l.released, l.routed = m.now, m.now+vis.Milliseconds(), false, false
 	return fmt.Sprintf("%d@%d#%d ", off, l.epoch, l.count)
 }
 
@@ -252,6 +253,9 @@ func (m *model) receiveID(c *ReceiveID) string {
 	switch {
 	case g.done[off] || l == nil && off < g.next:
 		return errs.AlreadyAcknowledged.String()
+	case l != nil && !l.released && l.routed && l.deadline > m.now:
+		l.count-- // the delivery is the one that was counted already
+		return "ok " + m.grant(g, off, c.Visibility)
 	case l != nil && !l.released && l.deadline > m.now:
 		return errs.LeasedElsewhere.String()
 	case l != nil && l.due() > m.now:
@@ -288,6 +292,8 @@ func (m *model) settle(c *Settle, off int, epoch uint64) errs.Code {
 	case c.Op == Acknowledge:
 		delete(g.given, off)
 		g.done[off] = true
+	case c.Op == Route:
+		l.routed = true
 	case c.Visibility == 0:
 		l.deadline = m.releaseAt(l)
 		l.released = true
@@ -340,6 +346,7 @@ type history struct {
 	count  map[grantKey]uint32
 	epochs map[string]uint64 // per group
 	acked  map[grantKey]bool
+	routed map[grantKey]bool
 }
 
 type waiter struct {
@@ -478,6 +485,8 @@ func (mc *machine) observe(rt *rapid.T, c Command, r *Result) {
 			switch {
 			case c.Op == Acknowledge:
 				mc.h.acked[k] = true
+			case c.Op == Route:
+				mc.h.routed[k] = true
 			default:
 				mc.h.until[k] = now + c.Visibility.Milliseconds()
 			}
@@ -492,8 +501,14 @@ func (mc *machine) observe(rt *rapid.T, c Command, r *Result) {
 	for _, d := range r.Deliveries {
 		k := grantKey{topic, group, d.Receipt.Offset}
 		mc.check(rt, !mc.h.acked[k], "%v was delivered after its acknowledgement", k)
-		mc.check(rt, mc.h.until[k] <= now, "%v was granted while its lease ran", k)
-		mc.check(rt, d.Count > mc.h.count[k], "count of %v does not rise", k)
+		if _, byID := c.(*ReceiveID); byID && mc.h.routed[k] && mc.h.until[k] > now {
+			mc.hits["taken over"]++
+			mc.check(rt, d.Count == mc.h.count[k], "count of %v rises when a routed lease is taken over", k)
+		} else {
+			mc.check(rt, mc.h.until[k] <= now, "%v was granted while its lease ran", k)
+			mc.check(rt, d.Count > mc.h.count[k], "count of %v does not rise", k)
+		}
+		delete(mc.h.routed, k)
 		mc.check(rt, d.Receipt.Epoch > mc.h.epochs[topic+"/"+group], "receipt of %v is not new", k)
 		msg := mc.m.topics[topic].messages[d.Receipt.Offset]
 		mc.check(rt, string(d.Body) == msg.body && d.ID == msg.id, "%v came back as %q %v", msg, d.Body, d.ID)
@@ -546,7 +561,7 @@ var (
 
 func (mc *machine) draw(rt *rapid.T) Command {
 	topic, group := topicGen.Draw(rt, "topic"), groupGen.Draw(rt, "group")
-	switch rapid.SampledFrom([]string{"publish", "receive", "receive", "byid", "ack", "ack", "extend", "release"}).Draw(rt, "verb") {
+	switch rapid.SampledFrom([]string{"publish", "receive", "receive", "byid", "ack", "ack", "extend", "release", "route"}).Draw(rt, "verb") {
 	case "publish":
 		p := &Publish{Topic: topic}
 		for range rapid.IntRange(1, 4).Draw(rt, "count") {
@@ -572,6 +587,8 @@ func (mc *machine) draw(rt *rapid.T) Command {
 		return mc.drawSettle(rt, Acknowledge, 0)
 	case "extend":
 		return mc.drawSettle(rt, Extend, visGen.Draw(rt, "vis"))
+	case "route":
+		return mc.drawSettle(rt, Route, 0)
 	}
 	return mc.drawSettle(rt, Extend, 0)
 }
@@ -610,7 +627,7 @@ func TestModel(t *testing.T) {
 		return
 	}
 	for _, want := range []string{"*engine.Receive ok", "*engine.Receive concurrency_limit", "*engine.Receive unsettled_limit", "*engine.ReceiveID ok",
-		"*engine.ReceiveID leased_elsewhere", "*engine.ReceiveID already_acknowledged", "*engine.ReceiveID message_not_found", "parked", "woken", "repeat", "silent", "redelivered", "crash", "expired"} {
+		"*engine.ReceiveID leased_elsewhere", "*engine.ReceiveID already_acknowledged", "*engine.ReceiveID message_not_found", "parked", "woken", "repeat", "silent", "redelivered", "crash", "expired", "taken over"} {
 		if hits[want] == 0 {
 			t.Errorf("the runs never came to %q: %v", want, hits)
 		}
@@ -621,7 +638,7 @@ func modelRun(rt *rapid.T, hits map[string]int) {
 	limit := rapid.SampledFrom([]int{4, 9, 1000}).Draw(rt, "limit")
 	fs := vfs.NewCrashableMem()
 	mc := &machine{fs: fs, m: newModel(limit), waiters: map[GroupRef]*waiter{}, results: map[uint64]string{}, numbers: map[uint64]Command{}, hits: hits,
-		h: history{until: map[grantKey]int64{}, count: map[grantKey]uint32{}, epochs: map[string]uint64{}, acked: map[grantKey]bool{}}}
+		h: history{until: map[grantKey]int64{}, count: map[grantKey]uint32{}, epochs: map[string]uint64{}, acked: map[grantKey]bool{}, routed: map[grantKey]bool{}}}
 	o := Options{FS: fs, Dir: "engine", RecentBytes: rapid.SampledFrom([]int64{-1, 300, 1 << 20}).Draw(rt, "recent"), CacheBytes: 1 << 20, MemTableBytes: 256 << 10}
 	mc.l = &testLog{t: rt, o: o, now: testStart, unsettledMax: limit}
 	mc.l.open()

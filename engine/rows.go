@@ -316,7 +316,11 @@ func (c *chunk) appendRow(b []byte, now int64) []byte {
 			continue
 		}
 		b = binary.AppendUvarint(b, uint64(l.low-low))
-		b = append(b, byte(l.state))
+		state := byte(l.state)
+		if l.routed {
+			state |= routedBit
+		}
+		b = append(b, state)
 		b = binary.AppendUvarint(b, uint64(l.count))
 		b = binary.AppendUvarint(b, uint64(l.consumer))
 		b = appendVarint(b, int64(l.epoch-epoch))
@@ -349,6 +353,9 @@ func (r *reader) time(from int64) int64 {
 	return from + (int64(u>>1) ^ -int64(u&1))
 }
 
+// routedBit marks a routed lease in its stored state.
+const routedBit = 0x80
+
 func parseChunk(row []byte) (*chunk, error) {
 	r := reader{b: row}
 	if v := r.u8(); v != rowVersion {
@@ -366,13 +373,14 @@ func parseChunk(row []byte) (*chunk, error) {
 		if i > 0 && d == 0 || uint64(prev.low)+d > chunkMask {
 			return nil, errMalformed
 		}
-		l := lease{low: prev.low + uint16(d), state: leaseState(r.u8()), count: uint32(r.upTo(1<<32 - 1)), consumer: uint32(r.upTo(1<<32 - 1))}
+		state := r.u8()
+		l := lease{low: prev.low + uint16(d), state: leaseState(state &^ routedBit), routed: state&routedBit != 0, count: uint32(r.upTo(1<<32 - 1)), consumer: uint32(r.upTo(1<<32 - 1))}
 		l.epoch = prev.epoch + uint64(r.varint())
 		l.granted = prev.granted + r.varint()
 		l.deadline = r.time(l.granted)
 		l.expiry = r.time(l.granted)
 		l.stream = StreamID{Ms: prev.stream.Ms + uint64(r.varint()), Seq: r.uvarint()}
-		if r.bad || l.state == slotFree || l.state > settledAhead {
+		if r.bad || l.state == slotFree || l.state > settledAhead || l.routed && l.state != leased {
 			return nil, errMalformed
 		}
 		c.slots = append(c.slots, l)

@@ -439,10 +439,13 @@ func (s *scenario) command(d *datadriven.TestData, line string) Command {
 			Latest: slices.Contains(w[2:], "latest"), Park: slices.Contains(w[2:], "park"), Deployment: opts["deployment"]}
 	case "byid":
 		return &ReceiveID{Topic: w[0], Group: w[1], ID: messageID(w[2]), Visibility: odur("vis", time.Minute), MaxConcurrency: int(onum("conc", 0))}
-	case "ack", "release", "extend":
+	case "ack", "release", "extend", "route":
 		c := &Settle{Topic: w[0], Group: w[1], Op: Extend, Visibility: odur("vis", 0)}
 		if verb == "ack" {
 			c.Op = Acknowledge
+		}
+		if verb == "route" {
+			c.Op = Route
 		}
 		e := s.log.e
 		for _, r := range w[2:] {

@@ -182,6 +182,9 @@ const (
 	Acknowledge SettleOp = 1
 	Extend      SettleOp = 2
 	Release     SettleOp = 3
+	// Route lets a ReceiveID of the group take the lease over: whoever holds it has told a consumer of the message
+	// and waits for it to ask. The delivery that was counted for the lease is then the consumer's.
+	Route SettleOp = 4
 )
 
 // Receipt is a decoded receipt handle: it names one grant of one message to one group.
