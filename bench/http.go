@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"tercet.dev/tercet/internal/errs"
+	"tercet.dev/tercet/internal/limits"
 	"tercet.dev/tercet/server/wire"
 )
 
@@ -127,7 +128,7 @@ func (d *HTTPDriver) Consumer(i int, found func(body []byte)) (Consumer, error) 
 		conn: newConn(d.Addrs, i, d.Timeout), found: found,
 		receive: fmt.Appendf(nil,
 			"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nAccept: %s\r\n%s: %d\r\n%s: %d\r\n%s\r\n",
-			group, wire.MediaBatch, wire.HeaderMaxMessages, w.ReceiveMax, wire.HeaderWait, int(receiveWait/time.Second), d.authorization()),
+			group, wire.MediaBatch, wire.HeaderMaxMessages, min(w.ReceiveMax, limits.ReceiveMessagesMax), wire.HeaderWait, int(receiveWait/time.Second), d.authorization()),
 		leasePath: []byte("DELETE " + group + "/lease/"),
 		rest:      []byte(" HTTP/1.1\r\nHost: localhost\r\n" + d.authorization() + "\r\n"),
 	}, nil

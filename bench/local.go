@@ -120,7 +120,7 @@ func (p *nodePublisher) Close() error { return nil }
 func (d *NodeDriver) Consumer(i int, found func(body []byte)) (Consumer, error) {
 	topic, group := d.Workload.Consumes(i)
 	receive := engine.Receive{
-		Topic: topic, Group: group, Max: d.Workload.ReceiveMax, Visibility: limits.VisibilityDefault,
+		Topic: topic, Group: group, Max: min(d.Workload.ReceiveMax, limits.ReceiveMessagesMax), Visibility: limits.VisibilityDefault,
 	}
 	return &nodeConsumer{d: d, topic: topic, group: group, found: found, receive: receive.AppendTo(nil)}, nil
 }
