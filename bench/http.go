@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"tercet.dev/tercet/internal/errs"
@@ -140,7 +141,7 @@ type httpConsumer struct {
 	receive         []byte
 	leasePath, rest []byte
 	receipts        [][]byte
-	scratch         []byte
+	settlers        []*settler
 }
 
 // Receive implements Consumer.
@@ -186,20 +187,51 @@ func headLine(head []byte, name string) []byte {
 	return nil
 }
 
-// Settle implements Consumer. The protocol acknowledges one message per request.
+// Settle implements Consumer. The protocol acknowledges one message per request, so that they go out at the same time,
+// each on a connection of its own.
 func (c *httpConsumer) Settle(ctx context.Context) (int, error) {
+	for len(c.settlers) < len(c.receipts) {
+		c.settlers = append(c.settlers, &settler{conn: newConn(c.conn.addrs, c.conn.at, c.conn.timeout)})
+	}
+	var group sync.WaitGroup
+	for i, receipt := range c.receipts {
+		s := c.settlers[i]
+		s.request = append(append(append(s.request[:0], c.leasePath...), receipt...), c.rest...)
+		group.Go(func() { s.err = s.settle(ctx) })
+	}
+	group.Wait()
 	done := 0
 	var failed error
-	for _, receipt := range c.receipts {
-		c.scratch = append(append(append(c.scratch[:0], c.leasePath...), receipt...), c.rest...)
-		switch a, err := c.do(ctx, c.scratch, nil); {
-		case err != nil:
-			return done, err
-		case a.status == http.StatusNoContent:
+	for _, s := range c.settlers[:len(c.receipts)] {
+		if s.err == nil {
 			done++
-		default:
-			failed = a.failure()
+		} else {
+			failed = s.err
 		}
 	}
 	return done, failed
+}
+
+// Close implements Consumer.
+func (c *httpConsumer) Close() error {
+	err := c.conn.Close()
+	for _, s := range c.settlers {
+		err = errors.Join(err, s.conn.Close())
+	}
+	return err
+}
+
+// settler acknowledges one message at a time.
+type settler struct {
+	conn    *conn
+	request []byte
+	err     error
+}
+
+func (s *settler) settle(ctx context.Context) error {
+	a, err := s.conn.do(ctx, s.request, nil)
+	if err == nil && a.status != http.StatusNoContent {
+		err = a.failure()
+	}
+	return err
 }

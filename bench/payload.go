@@ -2,7 +2,9 @@ package bench
 
 import (
 	"bytes"
+	"fmt"
 	"math/rand/v2"
+	"sync"
 	"time"
 )
 
@@ -115,4 +117,47 @@ func (f *feed) take(due time.Time) request {
 // ack is the acknowledgement of a whole request that take returned last.
 func (f *feed) ack(r request, zones int) Ack {
 	return Ack{Messages: r.messages, Bytes: r.bytes, Zones: zones, Stamp: f.stamp}
+}
+
+// Bodies hands the messages of one publisher to drivers that do not prepare requests: of other systems, by clients
+// made for them.
+type Bodies struct{ feed *feed }
+
+// NewBodies returns those of publisher i. Publishers of equal workloads share what they hand out.
+func NewBodies(w Workload, i int) *Bodies {
+	sharedBodies.Lock()
+	defer sharedBodies.Unlock()
+	key := fmt.Sprintf("%+v", w)
+	if sharedBodies.key != key {
+		sharedBodies.key = key
+		sharedBodies.rs = prepare(w, func(topic string, bodies [][]byte) request {
+			return request{head: []byte(topic), body: bytes.Join(bodies, nil)}
+		})
+	}
+	return &Bodies{sharedBodies.rs.feed(i)}
+}
+
+// sharedBodies are those of the last workload that was asked for.
+var sharedBodies struct {
+	sync.Mutex
+	key string
+	rs  *requests
+}
+
+// Next returns the topic and the bodies of the next request. The caller must not change them; unless the workload is
+// marked they stay as they are, otherwise they are the caller's.
+func (b *Bodies) Next(due time.Time) (topic string, bodies [][]byte) {
+	b.feed.own = nil
+	r := b.feed.take(due)
+	size := r.bytes / r.messages
+	for rest := r.body; len(bodies) < r.messages; rest = rest[size:] {
+		bodies = append(bodies, rest[:size:size])
+	}
+	return string(r.head), bodies
+}
+
+// Ack acknowledges what Next returned last.
+func (b *Bodies) Ack(zones int) Ack {
+	last := b.feed.rs.pool[(b.feed.next-1)%len(b.feed.rs.pool)]
+	return b.feed.ack(last, zones)
 }

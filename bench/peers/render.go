@@ -1,0 +1,3 @@
+package main
+
+func render(*results, string, bool) error { return nil }
