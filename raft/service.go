@@ -82,7 +82,8 @@ func (n *Node) settle(b *batch, index, term uint64, results []engine.Result) {
 			o.phase.Store(phaseQueued)
 			n.placed(o, n.coal.lot.add(o))
 			continue
-		case o.result.Code == errs.OK && (o.require == AllZones || o.require == Default && o.kind.Stores()):
+		case o.result.Code == errs.OK && (o.require == AllZones ||
+			o.require == Default && o.kind.Stores() && n.cfg.Durability != OnlyMajority):
 			n.acks.add(o, n.cfg.Durability)
 			continue
 		}

@@ -99,3 +99,26 @@ func TestDurabilityAll(t *testing.T) {
 	}
 	must(t, c.node(lead), Proposal{Command: ackCommand("a", "g", got.Deliveries...)})
 }
+
+// OnlyMajority does not wait for the third zone, even while it counts as in sync. Whoever asks for all still gets it.
+func TestOnlyMajority(t *testing.T) {
+	c := newCluster(t, func(cfg *Config) { cfg.Durability, cfg.ZoneTimeout = OnlyMajority, time.Hour })
+	c.start(founders...)
+	c.inSync(3)
+	if r := must(t, c.node(c.leader()), Proposal{Command: publishCommand("a", "x"), Require: AllZones}); r.Zones != 3 {
+		t.Fatalf("zones %d", r.Zones)
+	}
+	lead, away := c.leader(), c.follower()
+	n := c.node(lead)
+	// As above: nobody proposes the shrink.
+	n.policyMu.Lock()
+	n.policy.follow()
+	n.policyMu.Unlock()
+	c.stop(away)
+	if r := must(t, n, Proposal{Command: publishCommand("a", "y")}); r.Zones != 2 {
+		t.Fatalf("zones %d", r.Zones)
+	}
+	if set := n.Status().InSync; len(set) != 3 {
+		t.Fatalf("in sync: %v", set)
+	}
+}

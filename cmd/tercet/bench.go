@@ -165,14 +165,16 @@ func (a *app) progress() func(published, acknowledged int64) {
 
 // benchServer are the hidden flags by which `tercet bench` looks into the servers it starts.
 type benchServer struct {
-	listen string
-	delay  time.Duration
+	listen   string
+	delay    time.Duration
+	majority bool
 }
 
 func (o *benchServer) register(f *pflag.FlagSet) {
 	f.StringVar(&o.listen, "bench-listen", "", "loopback `address` of the load generator inside this process")
 	f.DurationVar(&o.delay, "emulate-sync", 0, "make every sync of the log take this much longer")
-	for _, name := range []string{"bench-listen", "emulate-sync"} {
+	f.BoolVar(&o.majority, "bench-majority", false, "acknowledge publishes when a majority has them on disk, to measure what the third zone costs")
+	for _, name := range []string{"bench-listen", "emulate-sync", "bench-majority"} {
 		_ = f.MarkHidden(name) // fails for unknown names only
 	}
 }
@@ -181,6 +183,9 @@ func (o *benchServer) register(f *pflag.FlagSet) {
 func (o *benchServer) open(node bench.Node, log hclog.Logger) (func(), error) {
 	if o.delay > 0 {
 		log.Warn("--emulate-sync: every sync of the log takes longer than it has to", "by", o.delay)
+	}
+	if o.majority {
+		log.Warn("--bench-majority: publishes are acknowledged although one zone may not have them")
 	}
 	if o.listen == "" {
 		return func() {}, nil

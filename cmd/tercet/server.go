@@ -137,6 +137,9 @@ func (o *serverOptions) config() (raft.Config, error) {
 		problem("--durability: %w", err)
 	}
 	cfg.Durability = durability
+	if o.bench.majority {
+		cfg.Durability = raft.OnlyMajority
+	}
 	for _, f := range []struct{ flag, addr string }{{"--http", o.http}, {"--peer", o.peer}, {"--valkey", o.valkey}} {
 		if f.addr == "" {
 			continue
