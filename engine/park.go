@@ -5,7 +5,8 @@ import "math"
 // Park decides, under the lock that Apply takes, whether a receive would find nothing at now. If the group
 // exists and nothing is deliverable, it calls register, if that is not nil, and reports true: whatever makes
 // the group deliverable from then on is reported by the Effects of the Apply that does it. With a nil
-// register it only answers.
+// register it only answers. A receive that does not park, of a group that holds as much as it may, is for Apply
+// to refuse.
 func (e *Engine) Park(r *Receive, now Stamp, register func()) (parked bool, err error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -17,6 +18,9 @@ func (e *Engine) Park(r *Receive, now Stamp, register func()) (parked bool, err 
 		return false, nil
 	}
 	g := t.groups[r.Group]
+	if !r.Park && g.live >= e.unsettledMax {
+		return false, nil // it is not just empty, and its answer says so
+	}
 	at := max(now.Cluster, e.stamp.Cluster)
 	if r.MaxConcurrency <= 0 || g.inflightAtMost(at) < r.MaxConcurrency {
 		ok, err := e.deliverable(g, at, false)

@@ -10,7 +10,10 @@ import (
 	"mime/multipart"
 	"net/http"
 	"regexp"
+	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -404,12 +407,86 @@ func TestConcurrencyLimit(t *testing.T) {
 	for range 5 {
 		sendMessage(t, base, "limited", []byte("x"))
 	}
-	if got := receiveMessages(t, base, "limited", "g", wire.MediaMultipart, wire.HeaderMaxConcurrency, "3", wire.HeaderMaxMessages, "10"); len(got) != 3 {
-		t.Fatalf("%d messages with room for 3", len(got))
+	leased := receiveMessages(t, base, "limited", "g", wire.MediaMultipart, wire.HeaderMaxConcurrency, "3", wire.HeaderMaxMessages, "10")
+	if len(leased) != 3 {
+		t.Fatalf("%d messages with room for 3", len(leased))
 	}
-	// What the refusal says when there is no room at all stands in testdata/refusals.golden.
+	// No room at all: a refusal that counts, and passes as soon as a message is settled.
+	full := []string{"Accept", wire.MediaMultipart, wire.HeaderMaxConcurrency, "3"}
+	r := call(t, "POST", base+"/api/v3/topic/limited/consumer/g", nil, full...)
+	expect(t, r, 429, "concurrency_limit")
+	var limit struct{ CurrentInflight, MaxConcurrency int }
+	if err := json.Unmarshal(r.body, &limit); err != nil || limit.CurrentInflight != 3 || limit.MaxConcurrency != 3 {
+		t.Errorf("the refusal says %s, want 3 of 3 in flight", r.body)
+	}
+	if seconds, _ := strconv.Atoi(r.header.Get("Retry-After")); seconds < 1 {
+		t.Errorf("Retry-After %q, want the time until a lease ends", r.header.Get("Retry-After"))
+	}
+	// One that waits is answered empty when its time is over: it was refused nothing.
+	if r := call(t, "POST", base+"/api/v3/topic/limited/consumer/g", nil, append(full, wire.HeaderWait, "1")...); r.status != 204 {
+		t.Errorf("a wait at the limit: %v, want 204", r)
+	}
+	expect(t, call(t, "DELETE", base+"/api/v3/topic/limited/consumer/g/lease/"+leased[0].head["vqs-receipt-handle"], nil), 204, "")
+	if got := receiveMessages(t, base, "limited", "g", wire.MediaMultipart, full[2:]...); len(got) != 1 {
+		t.Errorf("%d messages after one was settled, want 1", len(got))
+	}
 	if got := receiveMessages(t, base, "limited", "other", wire.MediaMultipart, wire.HeaderMaxConcurrency, "1", wire.HeaderMaxMessages, "10"); len(got) != 1 {
 		t.Fatalf("%d messages for another group with room for 1", len(got))
+	}
+}
+
+// TestUnsettledLimit leases as many messages as a group may hold: further ones are refused, other groups are not
+// concerned, and a settlement makes room.
+func TestUnsettledLimit(t *testing.T) {
+	_, base := start(t, Options{Backend: newNode(t)})
+	const each = limits.BatchMessagesMax
+	var part strings.Builder
+	for range each {
+		part.WriteString("--b\r\ncontent-type: text/plain\r\n\r\nx\r\n")
+	}
+	part.WriteString("--b--\r\n")
+	parallel := func(n int, call func()) {
+		var left atomic.Int64
+		left.Store(int64(n))
+		var wg sync.WaitGroup
+		for range 64 {
+			wg.Go(func() {
+				for left.Add(-1) >= 0 {
+					call()
+				}
+			})
+		}
+		wg.Wait()
+	}
+	parallel(limits.UnsettledPerGroupMax/each+1, func() {
+		if r := call(t, "POST", base+"/api/v3/topic/held/batch", []byte(part.String()), "Content-Type", "multipart/mixed; boundary=b"); r.status != 200 {
+			t.Errorf("batch: %v", r)
+		}
+	})
+	take := []string{"Accept", wire.MediaNDJSON, wire.HeaderMaxMessages, "10", wire.HeaderVisibility, "3600"}
+	var one atomic.Pointer[string]
+	parallel(limits.UnsettledPerGroupMax/10, func() {
+		r := call(t, "POST", base+"/api/v3/topic/held/consumer/g", nil, take...)
+		var d struct{ ReceiptHandle string }
+		if err := json.NewDecoder(bytes.NewReader(r.body)).Decode(&d); r.status != 200 || err != nil {
+			t.Errorf("receive: %v, %v", r, err)
+		}
+		one.Store(&d.ReceiptHandle)
+	})
+	if t.Failed() {
+		return
+	}
+	r := call(t, "POST", base+"/api/v3/topic/held/consumer/g", nil, take...)
+	expect(t, r, 429, "unsettled_limit")
+	if seconds, _ := strconv.Atoi(r.header.Get("Retry-After")); seconds < 1 {
+		t.Errorf("Retry-After %q, want the time until a lease ends", r.header.Get("Retry-After"))
+	}
+	if got := receiveMessages(t, base, "held", "other", wire.MediaMultipart); len(got) != 1 {
+		t.Errorf("another group is given %d messages, want 1", len(got))
+	}
+	expect(t, call(t, "DELETE", base+"/api/v3/topic/held/consumer/g/lease/"+*one.Load(), nil), 204, "")
+	if got := receiveMessages(t, base, "held", "g", wire.MediaMultipart); len(got) != 1 {
+		t.Errorf("%d messages after one was settled, want 1", len(got))
 	}
 }
 
