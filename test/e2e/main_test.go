@@ -3,12 +3,16 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"testing"
 	"time"
 
 	"tercet.dev/tercet/test/harness"
 )
+
+// errNotYet is a condition that does not hold yet and has no more to say.
+var errNotYet = errors.New("not yet")
 
 func TestMain(m *testing.M) { harness.Main(m) }
 
