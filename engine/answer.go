@@ -40,14 +40,12 @@ func (e *Engine) Query(q Query) (Answer, error) {
 		// dbMu is held already; Load would take it a second time.
 		err = e.loadAll(a.Messages)
 		if errs.CodeOf(err) == errs.MessageNotFound {
-			kept := a.Messages[:0]
-			for _, d := range a.Messages {
-				if !d.Gone {
-					kept = append(kept, d)
-				}
+			err = nil
+			if a.Story != nil {
+				err = errs.Of(errs.MessageNotFound)
 			}
-			a.Messages, err = kept, nil
 		}
+		a.finish(&q)
 	}
 	if q.Kind == QueryBrowse || q.Kind == QueryMessage {
 		for i := range a.Messages {
@@ -96,7 +94,20 @@ func (e *Engine) query(q *Query) (Answer, []uint64, error) {
 		}
 		return e.peek(t, t.groups[q.Group], min(limit, limits.ReceiveMessagesMax), now)
 	case QueryBrowse:
-		return e.browse(t, q.From, limit, now)
+		g := t.groups[q.Group]
+		if g == nil && q.Group != "" {
+			return a, nil, errs.New(errs.GroupNotFound, "consumer group %q not found", q.Group)
+		}
+		return e.browse(t, g, q, limit, now)
+	case QueryParked:
+		g := t.groups[q.Group]
+		if g == nil {
+			return a, nil, errs.New(errs.GroupNotFound, "consumer group %q not found", q.Group)
+		}
+		return e.parkedAnswer(g, q, limit, now)
+	case QueryStory:
+		a, err := e.storyAnswer(t, q.ID, now)
+		return a, nil, err
 	case QueryMessage:
 		b, i, err := e.byID(t, q.ID)
 		if err != nil {
@@ -117,6 +128,9 @@ func (e *Engine) query(q *Query) (Answer, []uint64, error) {
 			return a, nil, errs.New(errs.GroupNotFound, "consumer group %q not found", q.Group)
 		}
 		info, err := e.groupInfo(g, now)
+		if err == nil && q.DrainRate > 0 {
+			info.Expiring, err = e.expiring(t, g.next, q.DrainRate, now)
+		}
 		a.Groups = []GroupInfo{info}
 		return a, nil, err
 	case QueryGroups:
@@ -171,7 +185,7 @@ func (e *Engine) peek(t *topic, g *group, limit int, now int64) (Answer, []uint6
 	if g != nil {
 		off = g.next
 	}
-	for len(a.Messages) < limit && (g == nil || g.live < e.unsettledMax) {
+	for len(a.Messages) < limit && (g == nil || e.room(g) && !g.paused()) {
 		b, i, err := e.firstLive(t, nil, off, now, false)
 		if err != nil {
 			return a, nil, err
@@ -181,16 +195,19 @@ func (e *Engine) peek(t *topic, g *group, limit int, now int64) (Answer, []uint6
 		}
 		off = b.base + uint64(i)
 		if g == nil || g.ahead == 0 || g.find(off) == nil {
+			if g != nil && g.held(b, i) > now {
+				break
+			}
 			add(b, i, 0)
 		}
 		off++
 	}
-	if g == nil || len(a.Messages) == limit {
+	if g == nil || g.paused() || len(a.Messages) == limit {
 		return a, sizes, nil
 	}
 	var due []timer
 	g.each(func(off uint64, l *lease) {
-		if l.state != settledAhead && l.expiry > now && l.due() <= now {
+		if v, ok := g.view(l, now); ok && !v.idle() && v.due() <= now {
 			due = append(due, timer{l.due(), off})
 		}
 	})
@@ -205,7 +222,8 @@ func (e *Engine) peek(t *topic, g *group, limit int, now int64) (Answer, []uint6
 	return a, sizes, nil
 }
 
-func (e *Engine) browse(t *topic, from uint64, limit int, now int64) (Answer, []uint64, error) {
+func (e *Engine) browse(t *topic, g *group, q *Query, limit int, now int64) (Answer, []uint64, error) {
+	from, looks := q.From, browseLooks
 	var a Answer
 	var sizes []uint64
 	var hint *block
@@ -216,9 +234,14 @@ func (e *Engine) browse(t *topic, from uint64, limit int, now int64) (Answer, []
 		}
 		hint = b
 		from = b.base + uint64(i)
-		if len(a.Messages) == limit {
+		if len(a.Messages) == limit || looks == 0 {
 			a.Next, a.More = from, true
 			return a, sizes, nil
+		}
+		looks--
+		if !q.Filter.matchesPlace(g, b, i, now) {
+			from++
+			continue
 		}
 		a.Messages = append(a.Messages, e.stored1(t, nil, b, i))
 		sizes = append(sizes, b.sizeOf(i))
@@ -227,8 +250,8 @@ func (e *Engine) browse(t *topic, from uint64, limit int, now int64) (Answer, []
 }
 
 func (e *Engine) topicInfo(t *topic, now int64) (TopicInfo, error) {
-	info := TopicInfo{Name: t.name, Incarnation: t.inc, First: max(t.floor.offset, t.gone), Next: t.next, Last: t.last,
-		Published: t.published, Bytes: t.bytes, Groups: len(t.groups)}
+	info := TopicInfo{Name: t.name, Incarnation: t.inc, First: max(t.floor.offset, t.gone, t.first), Next: t.next, Last: t.last,
+		Published: t.published, Bytes: t.bytes, Groups: len(t.groups), Delayed: t.delayed, Settings: t.settings}
 	b, i, err := e.firstLive(t, nil, 0, now, false)
 	if err != nil {
 		return info, err
@@ -246,11 +269,17 @@ func (e *Engine) groupInfo(g *group, now int64) (GroupInfo, error) {
 		Inflight: g.inflightAt(now), Delivered: g.delivered, Redelivered: g.redelivered, Acknowledged: g.acked}
 	oldest := uint64(never)
 	g.each(func(off uint64, l *lease) {
-		if l.expiry > now && l.state != settledAhead {
+		v, ok := g.view(l, now)
+		switch {
+		case !ok || v.state == settledAhead:
+		case v.state == parked:
+			info.Parked++
+		default:
 			info.Unsettled++
 			oldest = min(oldest, off)
 		}
 	})
+	info.Settings = g.settings
 	b, i, err := e.firstLive(g.topic, nil, g.next, now, false)
 	if err != nil {
 		return info, err

@@ -415,6 +415,8 @@ func (e *Engine) tidy() {
 	if e.tidyAt >= len(e.groups) {
 		e.tidyAt = 0
 	}
-	e.groups[e.tidyAt].fold(e.stamp.Cluster, limits.FoldPerCommandMax)
+	if g := e.groups[e.tidyAt]; g != nil {
+		g.fold(e.stamp.Cluster, limits.FoldPerCommandMax)
+	}
 	e.tidyAt++
 }

@@ -30,10 +30,21 @@ type topic struct {
 	open *block // the block of the entry being applied
 	segs []segment
 	// recent are the blocks whose entries are kept in memory, from head on, without gaps.
-	recent []*block
-	head   int
+	recent   []*block
+	head     int
+	settings TopicSettings
+	// first is the offset below which everything was removed explicitly. Delayed messages published before
+	// firstIndex, or in that entry before position firstPos, went with it.
+	first, firstIndex uint64
+	firstPos          uint32
+	// keySpace is what idempotency keys are hashed with besides, 0 for the incarnation.
+	keySpace uint64
+	// delayed counts messages that are not visible yet.
+	delayed uint64
 	// gone is a cache: all below it has expired as of the last applied stamp.
-	gone   uint64
+	gone uint64
+	// cut is where stored rows may be removed up to with the next checkpoint, by an explicit removal.
+	cut    floor
 	floor  floor
 	parked []*group
 }
@@ -48,6 +59,12 @@ func newTopic(name string, inc uint64) *topic {
 func (e *Engine) addGroup(t *topic, g *group) {
 	t.groups[g.name] = g
 	t.byInc[g.inc] = g
+	if n := len(e.freeGroups); n > 0 {
+		g.number = e.freeGroups[n-1]
+		e.freeGroups = e.freeGroups[:n-1]
+		e.groups[g.number] = g
+		return
+	}
 	g.number = uint64(len(e.groups))
 	e.groups = append(e.groups, g)
 }
@@ -98,6 +115,9 @@ func (e *Engine) keep(entry []byte, blocks []*block) {
 		old := &e.recent[e.recentHead]
 		for _, b := range old.blocks {
 			t := e.byInc[b.topic]
+			if t == nil {
+				continue // deleted meanwhile
+			}
 			t.recent[t.head] = nil
 			t.head++
 			if t.head > 32 && t.head > len(t.recent)/2 {
@@ -258,8 +278,8 @@ func (e *Engine) blockFor(t *topic, off uint64) (*block, error) {
 // in it; a nil block means there is none. hint is a block to look into first. advance allows remembering
 // that everything below has expired; only apply, whose now is the entry's stamp, may.
 func (e *Engine) firstLive(t *topic, hint *block, off uint64, now int64, advance bool) (*block, uint32, error) {
-	off = max(off, t.gone)
-	dead := advance && off == t.gone // everything below off has expired
+	off = max(off, t.gone, t.first)
+	dead := advance && off == max(t.gone, t.first) // everything below off has expired
 	for off < t.next || e.seeLaterRows {
 		b := hint
 		if b == nil || off < b.base || off >= b.end() {
@@ -308,7 +328,7 @@ func (e *Engine) byID(t *topic, id MessageID) (*block, uint32, error) {
 	}
 	if t.open != nil && id.Index == t.open.index {
 		i, ok := t.open.byPos(id.Pos)
-		if !ok {
+		if !ok || t.open.base+uint64(i) < t.first {
 			return nil, 0, nil
 		}
 		return t.open, i, nil
@@ -352,7 +372,7 @@ func (e *Engine) byID(t *topic, id MessageID) (*block, uint32, error) {
 		}
 	}
 	i, ok := b.byPos(id.Pos)
-	if !ok {
+	if !ok || b.base+uint64(i) < t.first {
 		return nil, 0, nil
 	}
 	return b, i, nil

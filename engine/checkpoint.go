@@ -102,6 +102,16 @@ func (e *Engine) encodeDirty(batch *pebble.Batch) {
 	for _, id := range sortedKeys(e.intakes) {
 		e.put(batch, e.intakes[id].appendRow(nil), rowIntake, uint64(id))
 	}
+	for _, inc := range e.removedTopics {
+		for _, kind := range topicRows {
+			_ = batch.DeleteRange(e.keys.key(kind, inc), e.keys.key(kind, inc+1), nil)
+		}
+	}
+	for _, ids := range e.removedGroups {
+		_ = batch.Delete(e.keys.key(rowGroup, ids[0], ids[1]), nil)
+		_ = batch.DeleteRange(e.keys.key(rowChunk, ids[0], ids[1]), e.keys.key(rowChunk, ids[0], ids[1]+1), nil)
+	}
+	e.removedTopics, e.removedGroups = nil, nil
 	for _, n := range e.removedDocuments {
 		_ = batch.Delete(e.keys.documentKey(n.table, n.key), nil) // before what took its name
 	}
@@ -121,8 +131,14 @@ func (e *Engine) encodeDirty(batch *pebble.Batch) {
 			t.dirty = false
 			e.put(batch, t.appendRow(e.rowBuf[:0]), rowTopic, inc)
 		}
+		if t.cut.offset > t.floor.offset {
+			e.removeBelow(batch, t, t.cut)
+		}
 	}
 	for _, g := range e.groups {
+		if g == nil {
+			continue
+		}
 		tinc := g.topic.inc
 		for _, key := range g.gone {
 			_ = batch.Delete(e.keys.key(rowChunk, tinc, g.inc, key), nil)
@@ -139,7 +155,7 @@ func (e *Engine) encodeDirty(batch *pebble.Batch) {
 				continue
 			}
 			c.dirty = false
-			if row := c.appendRow(e.rowBuf[:0], now); row != nil {
+			if row := c.appendRow(e.rowBuf[:0], g, key, now); row != nil {
 				e.rowBuf = row[:0]
 				e.put(batch, row, rowChunk, tinc, g.inc, key)
 				c.stored = true
@@ -150,6 +166,24 @@ func (e *Engine) encodeDirty(batch *pebble.Batch) {
 		}
 	}
 	e.put(batch, e.state.appendRow(e.rowBuf[:0]), rowState)
+}
+
+// removeBelow removes the rows of all blocks of a topic below f, which something explicit has emptied, and what
+// was delayed before f.
+func (e *Engine) removeBelow(batch *pebble.Batch, t *topic, f floor) {
+	old := t.floor
+	e.removeBlocks(batch, t.inc, old, f)
+	t.floor = f
+	e.put(batch, f.appendRow(nil), rowFloor, t.inc)
+}
+
+// removeBlocks removes the rows of all blocks of a topic between two floors.
+func (e *Engine) removeBlocks(batch *pebble.Batch, inc uint64, from, to floor) {
+	for _, kind := range []byte{rowBlock, rowPayload} {
+		_ = batch.DeleteRange(e.keys.key(kind, inc, from.offset), e.keys.key(kind, inc, to.offset), nil)
+	}
+	_ = batch.DeleteRange(e.keys.key(rowByIndex, inc, from.index), e.keys.key(rowByIndex, inc, to.index), nil)
+	_ = batch.DeleteRange(e.keys.key(rowByStream, inc, from.stream.Ms, from.stream.Seq), e.keys.key(rowByStream, inc, to.stream.Ms, to.stream.Seq), nil)
 }
 
 // sweep adds to the checkpoint of s the removal of all blocks whose last message had expired by then. Expired
@@ -203,11 +237,7 @@ func (e *Engine) sweep(batch *pebble.Batch, s *state) (floors map[uint64]floor, 
 		}
 		if f != old {
 			floors[inc] = f
-			for _, kind := range []byte{rowBlock, rowPayload} {
-				_ = batch.DeleteRange(e.keys.key(kind, inc, old.offset), e.keys.key(kind, inc, f.offset), nil)
-			}
-			_ = batch.DeleteRange(e.keys.key(rowByIndex, inc, old.index), e.keys.key(rowByIndex, inc, f.index), nil)
-			_ = batch.DeleteRange(e.keys.key(rowByStream, inc, old.stream.Ms, old.stream.Seq), e.keys.key(rowByStream, inc, f.stream.Ms, f.stream.Seq), nil)
+			e.removeBlocks(batch, inc, old, f)
 			e.put(batch, f.appendRow(nil), rowFloor, inc)
 		}
 		for _, base := range byTopic[inc] {
@@ -302,7 +332,7 @@ func (e *Engine) appendCanonical(b []byte) []byte {
 			row = g.appendRow(row[:0])
 			b = appendBytes(b, row)
 			for _, key := range sortedKeys(g.chunks) {
-				if row = g.chunks[key].appendRow(row[:0], now); len(row) > 0 {
+				if row = g.chunks[key].appendRow(row[:0], g, key, now); len(row) > 0 {
 					b = binary.AppendUvarint(b, key+1)
 					b = appendBytes(b, row)
 				}

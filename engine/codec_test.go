@@ -299,7 +299,7 @@ func TestClaimedLengths(t *testing.T) {
 		"query":   func(b []byte) error { _, err := DecodeQuery(b); return err },
 		"entry":   func(b []byte) error { _, err := InspectEntry(b); return err },
 		"block":   func(b []byte) error { _, err := parseBlock(1, 1, b); return err },
-		"chunk":   func(b []byte) error { _, err := parseChunk(b); return err },
+		"chunk":   func(b []byte) error { _, err := parseChunk(newGroup(newTopic("t", 1), "g", 1), 0, b); return err },
 		"intake":  func(b []byte) error { _, err := parseIntake(1, b); return err },
 		"topic":   func(b []byte) error { _, err := parseTopic(1, b); return err },
 		"group":   func(b []byte) error { _, err := parseGroup(newTopic("t", 1), 1, b); return err },
@@ -464,9 +464,10 @@ func FuzzRows(f *testing.F) {
 				}
 			}
 		}
-		if x, err := parseChunk(b); err == nil {
-			row := x.appendRow(nil, -1<<63)
-			if again, err := parseChunk(row); row != nil && (err != nil || !reflect.DeepEqual(again, x)) {
+		g := newGroup(newTopic("t", 1), "g", 2)
+		if x, err := parseChunk(g, 3, b); err == nil {
+			row := x.appendRow(nil, g, 3, -1<<63)
+			if again, err := parseChunk(g, 3, row); row != nil && (err != nil || !reflect.DeepEqual(again, x)) {
 				t.Fatalf("chunk %+v came back as %+v: %v", x, again, err)
 			}
 		}

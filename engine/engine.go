@@ -84,7 +84,11 @@ type Engine struct {
 	// documents are the tables of configuration.
 	documents        map[string]*documentTable
 	removedDocuments []documentName
-	groups           []*group // all of them; the place is the group's number in due
+	// removedTopics and removedGroups (topic, group) have rows that go with the next checkpoint.
+	removedTopics []uint64
+	removedGroups [][2]uint64
+	freeGroups    []uint64
+	groups        []*group // all of them; the place is the group's number in due
 	// removed lists rows of intakes that no longer exist.
 	removedIntakes []IntakeID
 
@@ -239,6 +243,7 @@ func (e *Engine) resetMemory() {
 	e.intakes = make(map[IntakeID]*intake)
 	e.documents = make(map[string]*documentTable)
 	e.groups, e.removedIntakes, e.removedDocuments = nil, nil, nil
+	e.removedTopics, e.removedGroups, e.freeGroups = nil, nil, nil
 	e.recent, e.recentHead, e.recentBytes = nil, 0, 0
 	e.due, e.tidyAt = nil, 0
 	e.touched, e.open = nil, nil
@@ -305,7 +310,7 @@ func (e *Engine) load() error {
 		if t == nil || t.byInc[ginc] == nil {
 			return fmt.Errorf("unsettled messages of unknown group %d: %w", ginc, errMalformed)
 		}
-		c, err := parseChunk(v)
+		c, err := parseChunk(t.byInc[ginc], no, v)
 		if err != nil {
 			return err
 		}
@@ -373,8 +378,11 @@ func (g *group) addChunk(key uint64, c *chunk) {
 		if key<<chunkShift|uint64(l.low) >= g.next {
 			g.ahead++
 		}
-		if l.state == leased {
+		switch l.state {
+		case leased:
 			g.inflight++
+		case parked:
+			g.parkedCount++
 		}
 	}
 }

@@ -19,6 +19,7 @@ type lease struct {
 	epoch    uint64
 	count    uint32
 	consumer uint32 // 0 is the reserved one of the queue protocol
+	base     uint32 // count as of the last redrive: deliveries before it do not count against MaxDeliveries
 	low      uint16 // offset within the chunk
 	state    leaseState
 	flags    uint8 // what folding noted; never stored, never hashed
@@ -37,7 +38,13 @@ const (
 	// settledAhead: acknowledged through its ID before the group's cursor came to it. It stays in the set
 	// until the cursor has passed, so that it is not given out once more.
 	settledAhead leaseState = 3
+	// parked: given up by the group. deadline is when that was. It stays until it is redriven, dropped, or
+	// expires, which may be later than the message would have.
+	parked leaseState = 4
 )
+
+// idle reports that time does nothing to the entry but expire it.
+func (l *lease) idle() bool { return l.state >= settledAhead }
 
 const (
 	flagLapsed = 1 << iota // the end of the lease was noted and is no longer counted as in flight
@@ -184,6 +191,11 @@ type group struct {
 	pending, ready, expiring      timers
 	gone                          []uint64 // stored rows of chunks that no longer exist
 	dirty                         bool
+	settings                      GroupSettings
+	parkedCount                   int // entries of the set that are parked
+	// notes holds the last error of messages that were released with one; noteBytes is what they take.
+	notes     map[uint64]string
+	noteBytes int
 
 	// What follows is memory of this node alone.
 	cur     *block // where next was found last
@@ -256,6 +268,10 @@ func (g *group) remove(off uint64, l *lease) {
 		g.ahead--
 	}
 	g.live--
+	if l.state == parked {
+		g.parkedCount--
+	}
+	g.note(off, nil)
 	key := off >> chunkShift
 	c := g.chunk(key)
 	l.state, l.flags = slotFree, 0
@@ -323,7 +339,7 @@ func (g *group) rebuild() {
 			g.expiring.push(timer{l.expiry, off})
 		}
 		switch {
-		case l.state == settledAhead:
+		case l.idle():
 		case l.flags&flagReady != 0:
 			g.ready.push(timer{l.due(), off})
 		case l.wake() != never:
@@ -352,7 +368,11 @@ func (g *group) fold(now int64, limit int) int {
 		t := g.expiring[0]
 		g.expiring.pop()
 		if l := g.find(t.off); l != nil && l.expiry == t.at {
-			g.remove(t.off, l)
+			if g.spent(l, now) {
+				g.giveUp(t.off, l, now)
+			} else {
+				g.remove(t.off, l)
+			}
 			n++
 		}
 	}
@@ -360,10 +380,14 @@ func (g *group) fold(now int64, limit int) int {
 		t := g.pending[0]
 		g.pending.pop()
 		l := g.find(t.off)
-		if l == nil || l.flags&flagReady != 0 || l.state == settledAhead || l.wake() != t.at {
+		if l == nil || l.flags&flagReady != 0 || l.idle() || l.wake() != t.at {
 			continue
 		}
 		n++
+		if g.spent(l, now) {
+			g.giveUp(t.off, l, now)
+			continue
+		}
 		if l.state == leased && l.flags&flagLapsed == 0 {
 			l.flags |= flagLapsed
 			g.inflight--
@@ -404,7 +428,7 @@ func (g *group) nextEvent() int64 {
 	}
 	for len(g.pending) > 0 {
 		t := g.pending[0]
-		if l := g.find(t.off); l != nil && l.flags&flagReady == 0 && l.state != settledAhead && l.wake() == t.at {
+		if l := g.find(t.off); l != nil && l.flags&flagReady == 0 && !l.idle() && l.wake() == t.at {
 			return min(at, t.at)
 		}
 		g.pending.pop()
@@ -445,16 +469,18 @@ func (g *group) takeOver(off uint64, l *lease, now, visibility int64) {
 func (g *group) grantNew(off uint64, stream StreamID, expiry, now, visibility int64) *lease {
 	l := g.insert(off)
 	l.stream, l.expiry = stream, expiry
-	if expiry != never {
-		g.expiring.push(timer{expiry, off})
-		if len(g.expiring) > 2*g.live+64 {
-			g.grant(off, l, now, visibility)
-			g.rebuild()
-			return l
-		}
-	}
 	g.grant(off, l, now, visibility)
+	if expiry != never {
+		g.pushExpiring(timer{expiry, off})
+	}
 	return l
+}
+
+func (g *group) pushExpiring(t timer) {
+	g.expiring.push(t)
+	if len(g.expiring) > 2*g.live+64 {
+		g.rebuild()
+	}
 }
 
 // release ends a lease and makes the message deliverable again at a time, or later if it has been delivered too
@@ -499,3 +525,6 @@ func (g *group) inflightAt(now int64) int {
 	})
 	return n
 }
+
+// unsettled is what counts against the limit of the set.
+func (g *group) unsettled() int { return g.live - g.parkedCount }

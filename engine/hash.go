@@ -70,7 +70,7 @@ func (e *Engine) logicalRows(visit func(key, value []byte) error) (err error) {
 				_ = it.Close()
 				return err
 			}
-			if b.lastExpiry <= now {
+			if b.lastExpiry <= now || b.end() <= t.first {
 				continue
 			}
 			err = visit(it.Key(), v)

@@ -57,7 +57,7 @@ func (e *Engine) checkInvariants() {
 
 func (e *Engine) checkGroup(g *group, assert func(bool, string, ...any)) {
 	assert(g.next <= g.topic.next && g.inc <= e.incarnations, "I5", g.name, g.next)
-	live, ahead, inflight := 0, 0, 0
+	live, ahead, inflight, parkedCount := 0, 0, 0, 0
 	epochs := make(map[uint64]bool)
 	pending, ready, expiring := make(map[timer]bool), make(map[timer]bool), make(map[timer]bool)
 	for _, t := range g.pending {
@@ -83,6 +83,9 @@ func (e *Engine) checkGroup(g *group, assert func(bool, string, ...any)) {
 			if off >= g.next {
 				ahead++
 			}
+			if l.state == parked {
+				parkedCount++
+			}
 			if l.state == leased && l.flags&flagLapsed == 0 {
 				inflight++
 			}
@@ -92,7 +95,7 @@ func (e *Engine) checkGroup(g *group, assert func(bool, string, ...any)) {
 			assert(l.count > 0 && l.granted <= e.stamp.Cluster, "I7", g.name, off)
 			assert(l.expiry == never || expiring[timer{l.expiry, off}], "I8", g.name, off)
 			switch {
-			case l.state == settledAhead:
+			case l.idle():
 			case l.flags&flagReady != 0:
 				assert(ready[timer{l.due(), off}] && l.due() <= e.stamp.Cluster, "I8", g.name, off)
 			case l.wake() != never:
@@ -103,5 +106,6 @@ func (e *Engine) checkGroup(g *group, assert func(bool, string, ...any)) {
 		live += n
 	}
 	assert(live == g.live && ahead == g.ahead && inflight == g.inflight, "I6", g.name, live, g.live, ahead, g.ahead, inflight, g.inflight)
-	assert(g.live <= e.unsettledMax, "I9", g.name, g.live)
+	assert(parkedCount == g.parkedCount, "I6", g.name, parkedCount, g.parkedCount)
+	assert(g.unsettled() <= e.unsettledMax && g.parkedCount <= limits.ParkedPerGroupMax+e.unsettledMax, "I9", g.name, g.live, g.parkedCount)
 }

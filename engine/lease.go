@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"tercet.dev/tercet/internal/errs"
+	"tercet.dev/tercet/internal/limits"
 )
 
 func (e *Engine) applyReceive(r *reader, res *Result) error {
@@ -32,11 +33,15 @@ func (e *Engine) applyReceive(r *reader, res *Result) error {
 	now := e.stamp.Cluster
 	g.fold(now, math.MaxInt)
 	room := v.max
-	if v.maxConcurrency > 0 {
-		room = min(room, v.maxConcurrency-g.inflight)
+	most := g.concurrency(v.maxConcurrency)
+	if most > 0 {
+		room = min(room, most-g.inflight)
+	}
+	if g.paused() {
+		room = 0
 	}
 	ds := e.scratch[:0]
-	for len(ds) < room && g.live < e.unsettledMax {
+	for len(ds) < room && e.room(g) {
 		b, i, err := e.firstLive(t, g.cur, g.next, now, true)
 		if err != nil {
 			return err
@@ -50,6 +55,9 @@ func (e *Engine) applyReceive(r *reader, res *Result) error {
 		}
 		off := b.base + uint64(i)
 		known := g.ahead > 0 && g.find(off) != nil
+		if !known && g.held(b, i) > now {
+			break
+		}
 		g.advance(off + 1)
 		g.pos = b.streamOf(i)
 		if known {
@@ -81,9 +89,10 @@ func (e *Engine) applyReceive(r *reader, res *Result) error {
 		return nil
 	}
 	switch {
-	case v.maxConcurrency > 0 && g.inflight >= v.maxConcurrency:
+	case g.paused():
+	case most > 0 && g.inflight >= most:
 		res.Code, res.Inflight = errs.ConcurrencyLimit, g.inflight
-	case g.live >= e.unsettledMax:
+	case !e.room(g):
 		res.Code, res.Inflight = errs.UnsettledLimit, g.inflight
 	}
 	if res.Code != errs.OK {
@@ -96,6 +105,11 @@ func (e *Engine) applyReceive(r *reader, res *Result) error {
 		e.park(g)
 	}
 	return nil
+}
+
+// room reports whether the group may be given messages that it was never given.
+func (e *Engine) room(g *group) bool {
+	return g.unsettled() < e.unsettledMax && g.parkedCount < limits.ParkedPerGroupMax
 }
 
 func (e *Engine) delivery(b *block, i uint32, g *group, l *lease) Delivery {
@@ -144,9 +158,13 @@ func (e *Engine) applyReceiveID(r *reader, res *Result) error {
 		res.Code = code
 		res.RetryAfter = time.Duration(until-now) * time.Millisecond
 	}
+	most := g.concurrency(v.maxConcurrency)
 	switch {
 	case l == nil && off < g.next, l != nil && l.state == settledAhead:
 		res.Code = errs.AlreadyAcknowledged
+		return nil
+	case l != nil && l.state == parked:
+		res.Code = errs.Parked
 		return nil
 	case l != nil && l.state == leased && l.routed && l.deadline > now:
 		g.takeOver(off, l, now, v.visibility)
@@ -156,16 +174,22 @@ func (e *Engine) applyReceiveID(r *reader, res *Result) error {
 			e.look(g)
 		}
 		return nil
+	case g.paused():
+		res.Code = errs.Paused
+		return nil
 	case l != nil && l.state == leased && l.deadline > now:
 		wait(errs.LeasedElsewhere, l.deadline)
 		return nil
 	case l != nil && l.due() > now:
 		wait(errs.NotYetVisible, l.due())
 		return nil
-	case v.maxConcurrency > 0 && g.inflight >= v.maxConcurrency:
+	case l == nil && g.held(b, i) > now:
+		wait(errs.NotYetVisible, g.held(b, i))
+		return nil
+	case most > 0 && g.inflight >= most:
 		res.Code, res.Inflight = errs.ConcurrencyLimit, g.inflight
 		return nil
-	case l == nil && g.live >= e.unsettledMax:
+	case l == nil && !e.room(g):
 		res.Code, res.Inflight = errs.UnsettledLimit, g.inflight
 		return nil
 	case l == nil:
@@ -186,7 +210,7 @@ func (e *Engine) applySettle(r *reader, res *Result) error {
 	var v settleView
 	v.parse(r)
 	switch {
-	case r.bad || v.count == 0 || v.op < Acknowledge || v.op > Route:
+	case r.bad || v.count == 0 || len(v.reason) > limits.ReasonBytesMax || v.op < Acknowledge || v.op > Route:
 		res.Code = errs.BadRequest
 		return nil
 	case len(v.deployment) > 0:
@@ -239,7 +263,7 @@ func (e *Engine) settle(g *group, rc Receipt, v *settleView, res *Result) (errs.
 		return errs.MessageNotFound, nil
 	case l.epoch != rc.Epoch:
 		return errs.NotHolder, nil
-	case l.state == released:
+	case l.state == released || l.state == parked:
 		return errs.NotInFlight, nil
 	case l.deadline <= now:
 		return errs.LeaseExpired, nil
@@ -249,6 +273,13 @@ func (e *Engine) settle(g *group, rc Receipt, v *settleView, res *Result) (errs.
 		l.routed = true
 		g.touch(rc.Offset)
 	case v.op == Release || v.visibility == 0:
+		if len(v.reason) > 0 {
+			g.note(rc.Offset, v.reason)
+		}
+		if most := g.settings.MaxDeliveries; most > 0 && l.count-l.base >= most {
+			g.park(rc.Offset, l, now)
+			break
+		}
 		g.release(rc.Offset, l, now+v.visibility)
 	case l.expiry != never && now+v.visibility > l.expiry:
 		b, i, err := e.blockAt(g.topic, g.cur, rc.Offset)

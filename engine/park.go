@@ -22,7 +22,7 @@ func (e *Engine) Park(r *Receive, now Stamp, register func()) (parked bool, err 
 		return false, nil // it is not just empty, and its answer says so
 	}
 	at := max(now.Cluster, e.stamp.Cluster)
-	if r.MaxConcurrency <= 0 || g.inflightAtMost(at) < r.MaxConcurrency {
+	if most := g.concurrency(r.MaxConcurrency); most <= 0 || g.inflightAtMost(at) < most {
 		ok, err := e.deliverable(g, at, false)
 		if err != nil || ok {
 			return false, err
@@ -47,7 +47,12 @@ func (e *Engine) NextDue(topic, group string) (cluster int64, ok bool) {
 	}
 	g := t.groups[group]
 	g.fold(e.stamp.Cluster, math.MaxInt)
-	g.told = g.nextEvent()
+	at, err := e.nextEvent(g, e.stamp.Cluster, false)
+	if err != nil {
+		e.fail(err)
+		return 0, false
+	}
+	g.told = at
 	return g.told, g.told != never
 }
 
@@ -61,7 +66,52 @@ func (e *Engine) park(g *group) {
 		e.look(g)
 	} else {
 		g.fold(e.stamp.Cluster, math.MaxInt)
-		e.arm(g, g.nextEvent())
+		at, err := e.nextEvent(g, e.stamp.Cluster, false)
+		if err != nil {
+			e.fail(err)
+			return
+		}
+		e.arm(g, at)
+	}
+}
+
+// nextEvent returns when time will next do something for the group: to its unsettled set, or by letting it have
+// a message that is kept from it until then.
+func (e *Engine) nextEvent(g *group, now int64, apply bool) (int64, error) {
+	at := g.nextEvent()
+	if g.settings.NotBefore <= now && g.settings.InitialDelay == 0 {
+		return at, nil
+	}
+	b, i, err := e.fresh(g, g.next, now, apply)
+	if err != nil || b == nil {
+		return at, err
+	}
+	if held := g.held(b, i); held > now {
+		at = min(at, held)
+	}
+	return at, nil
+}
+
+// fresh returns the first message at or behind off that the group was never given and has not expired, nil
+// without one.
+func (e *Engine) fresh(g *group, off uint64, now int64, apply bool) (*block, uint32, error) {
+	for {
+		b, i, err := e.firstLive(g.topic, g.cur, off, now, apply)
+		if err != nil || b == nil {
+			return nil, 0, err
+		}
+		off = b.base + uint64(i)
+		if g.ahead == 0 || g.find(off) == nil {
+			return b, i, nil
+		}
+		off++
+	}
+}
+
+// announce tells whoever waits for the group here to ask again.
+func (e *Engine) announce(g *group) {
+	if g.parked && e.fx != nil {
+		e.fx.Deliverable = append(e.fx.Deliverable, GroupRef{Topic: g.topic.name, Group: g.name})
 	}
 }
 
@@ -88,8 +138,7 @@ func (e *Engine) report() error {
 	}
 	now := e.stamp.Cluster
 	for len(e.due) > 0 && e.due[0].at <= now {
-		g := e.groups[e.due[0].off]
-		if g.armed == e.due[0].at {
+		if g := e.groups[e.due[0].off]; g != nil && g.armed == e.due[0].at {
 			g.armed = never
 			e.look(g)
 		}
@@ -106,9 +155,12 @@ func (e *Engine) report() error {
 			return err
 		}
 		if ok {
-			e.fx.Deliverable = append(e.fx.Deliverable, ref)
+			e.announce(g)
 		}
-		at := g.nextEvent()
+		at, err := e.nextEvent(g, now, true)
+		if err != nil {
+			return err
+		}
 		e.arm(g, at)
 		if g.told <= now {
 			g.told = never // that timer has run out
@@ -123,21 +175,16 @@ func (e *Engine) report() error {
 
 // deliverable reports whether a receive without a bound on concurrency would be given something at now.
 func (e *Engine) deliverable(g *group, now int64, apply bool) (bool, error) {
-	if g.live < e.unsettledMax {
-		off := g.next
-		for {
-			b, i, err := e.firstLive(g.topic, g.cur, off, now, apply)
-			if err != nil {
-				return false, err
-			}
-			if b == nil {
-				break
-			}
-			off = b.base + uint64(i)
-			if g.ahead == 0 || g.find(off) == nil {
-				return true, nil
-			}
-			off++
+	if g.paused() {
+		return false, nil
+	}
+	if e.room(g) {
+		b, i, err := e.fresh(g, g.next, now, apply)
+		if err != nil {
+			return false, err
+		}
+		if b != nil && g.held(b, i) <= now {
+			return true, nil
 		}
 	}
 	_, l := g.retry()

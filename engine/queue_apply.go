@@ -7,6 +7,18 @@ func (e *Engine) applyQueue(k Kind, r *reader, end uint32, res *Result) error {
 	switch k {
 	case CmdDocument:
 		e.applyDocument(r, res)
+	case CmdTopicSet:
+		e.applyTopicSet(r, res)
+	case CmdTopicDelete:
+		e.applyTopicDelete(r, res)
+	case CmdPurge:
+		e.applyPurge(r, res)
+	case CmdGroupSet:
+		return e.applyGroupSet(r, res)
+	case CmdGroupDelete:
+		e.applyGroupDelete(r, res)
+	case CmdParked:
+		return e.applyParked(r, res)
 	default:
 		decodeQueue(k, r)
 		res.Code = errs.Unsupported

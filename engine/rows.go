@@ -26,6 +26,9 @@ const (
 	// 'Q' staged parts, 'R' offset of a matured message, 'V' strings.
 )
 
+// topicRows are the kinds whose key begins with a topic.
+var topicRows = []byte{rowBlock, rowPayload, rowByIndex, rowByStream, rowTopic, rowGroup, rowChunk, rowFloor}
+
 const rowVersion = 1
 
 // keyspace builds keys of one shard.
@@ -103,6 +106,12 @@ func (b *block) wallExpiry(i uint32) int64 {
 	}
 	return 0
 }
+
+// publishedAt is the cluster time at which the i-th message was published.
+func (b *block) publishedAt(uint32) int64 { return b.cluster }
+
+// publishedWall is the same in wall time.
+func (b *block) publishedWall(uint32) int64 { return b.wall }
 
 func (b *block) streamOf(i uint32) StreamID {
 	return StreamID{Ms: b.stream.Ms, Seq: b.stream.Seq + uint64(i)}
@@ -251,12 +260,17 @@ func rowError(kind byte, version byte) error {
 }
 
 func (t *topic) appendRow(b []byte) []byte {
-	b = append(b, rowVersion, 0)
+	more := t.hasMore()
+	b = append(b, rowVersion, flags(more))
 	b = appendBytes(b, t.name)
 	b = binary.AppendUvarint(b, t.next)
 	b = t.last.append(b)
 	b = binary.AppendUvarint(b, t.published)
-	return binary.AppendUvarint(b, t.bytes)
+	b = binary.AppendUvarint(b, t.bytes)
+	if more {
+		b = t.appendMore(b)
+	}
+	return b
 }
 
 func parseTopic(inc uint64, row []byte) (*topic, error) {
@@ -264,21 +278,29 @@ func parseTopic(inc uint64, row []byte) (*topic, error) {
 	if v := r.u8(); v != rowVersion {
 		return nil, rowError(rowTopic, v)
 	}
-	r.upTo(0)
+	f := r.flags(1)
 	t := newTopic(r.str(), inc)
 	t.next, t.last, t.published, t.bytes = r.uvarint(), r.streamID(), r.uvarint(), r.uvarint()
+	if f&1 != 0 {
+		t.parseMore(&r)
+	}
 	return t, r.err()
 }
 
 func (g *group) appendRow(b []byte) []byte {
-	b = append(b, rowVersion, 0)
+	more := !g.settings.isZero()
+	b = append(b, rowVersion, flags(more))
 	b = appendBytes(b, g.name)
 	b = g.pos.append(b)
 	b = binary.AppendUvarint(b, g.next)
 	b = binary.AppendUvarint(b, g.epoch)
 	b = binary.AppendUvarint(b, g.delivered)
 	b = binary.AppendUvarint(b, g.redelivered)
-	return binary.AppendUvarint(b, g.acked)
+	b = binary.AppendUvarint(b, g.acked)
+	if more {
+		b = g.settings.append(b)
+	}
+	return b
 }
 
 func parseGroup(t *topic, inc uint64, row []byte) (*group, error) {
@@ -286,35 +308,50 @@ func parseGroup(t *topic, inc uint64, row []byte) (*group, error) {
 	if v := r.u8(); v != rowVersion {
 		return nil, rowError(rowGroup, v)
 	}
-	r.upTo(0)
+	f := r.flags(1)
 	g := newGroup(t, r.str(), inc)
 	g.pos, g.next, g.epoch = r.streamID(), r.uvarint(), r.uvarint()
 	g.delivered, g.redelivered, g.acked = r.uvarint(), r.uvarint(), r.uvarint()
+	if f&1 != 0 {
+		g.settings = r.groupSettings()
+	}
 	return g, r.err()
 }
 
-// appendRow appends the chunk as of now: what has expired is left out, so that two replicas that tidied at
-// different moments write the same bytes. It returns nil if nothing is left.
-func (c *chunk) appendRow(b []byte, now int64) []byte {
+// appendRow appends the chunk of g with that key as of now: what has expired is left out, and what is spent has
+// the form that folding gives it, so that two replicas that tidied at different moments write the same bytes. It
+// returns nil if nothing is left.
+func (c *chunk) appendRow(b []byte, g *group, key uint64, now int64) []byte {
 	n := 0
+	more := false // some entry has what most have not
 	for i := range c.slots {
-		if l := &c.slots[i]; l.state != slotFree && l.expiry > now {
+		l := &c.slots[i]
+		if l.state == slotFree {
+			continue
+		}
+		if _, ok := g.view(l, now); ok {
 			n++
+			more = more || l.base != 0 || g.notes[key<<chunkShift|uint64(l.low)] != ""
 		}
 	}
 	if n == 0 {
 		return nil
 	}
-	b = append(b, rowVersion, 0)
+	b = append(b, rowVersion, flags(more))
 	b = binary.AppendUvarint(b, uint64(n))
 	var low uint16
 	var granted int64
 	var epoch, ms uint64
 	for i := range c.slots {
 		l := &c.slots[i]
-		if l.state == slotFree || l.expiry <= now {
+		if l.state == slotFree {
 			continue
 		}
+		v, ok := g.view(l, now)
+		if !ok {
+			continue
+		}
+		l = &v
 		b = binary.AppendUvarint(b, uint64(l.low-low))
 		state := byte(l.state)
 		if l.routed {
@@ -329,6 +366,10 @@ func (c *chunk) appendRow(b []byte, now int64) []byte {
 		b = appendTime(b, l.expiry, l.granted)
 		b = appendVarint(b, int64(l.stream.Ms-ms))
 		b = binary.AppendUvarint(b, l.stream.Seq)
+		if more {
+			b = binary.AppendUvarint(b, uint64(l.base))
+			b = appendBytes(b, g.notes[key<<chunkShift|uint64(l.low)])
+		}
 		low, granted, epoch, ms = l.low, l.granted, l.epoch, l.stream.Ms
 	}
 	return b
@@ -356,12 +397,13 @@ func (r *reader) time(from int64) int64 {
 // routedBit marks a routed lease in its stored state.
 const routedBit = 0x80
 
-func parseChunk(row []byte) (*chunk, error) {
+// parseChunk reads the chunk of g with that key; notes go to the group.
+func parseChunk(g *group, key uint64, row []byte) (*chunk, error) {
 	r := reader{b: row}
 	if v := r.u8(); v != rowVersion {
 		return nil, rowError(rowChunk, v)
 	}
-	r.upTo(0)
+	more := r.flags(1) != 0
 	n := r.count(10)
 	if n > chunkMask+1 {
 		return nil, errMalformed
@@ -380,7 +422,11 @@ func parseChunk(row []byte) (*chunk, error) {
 		l.deadline = r.time(l.granted)
 		l.expiry = r.time(l.granted)
 		l.stream = StreamID{Ms: prev.stream.Ms + uint64(r.varint()), Seq: r.uvarint()}
-		if r.bad || l.state == slotFree || l.state > settledAhead || l.routed && l.state != leased {
+		if more {
+			l.base = uint32(r.upTo(uint64(l.count)))
+			g.note(key<<chunkShift|uint64(l.low), r.bytes())
+		}
+		if r.bad || l.state == slotFree || l.state > parked || l.routed && l.state != leased {
 			return nil, errMalformed
 		}
 		c.slots = append(c.slots, l)

@@ -23,12 +23,14 @@ import (
 //	    publish TOPIC BODY… [retention=D] [delay=D] [key=K] [deployment=X]
 //	    receive TOPIC GROUP [max=N] [vis=D] [conc=N] [latest] [park]
 //	    byid TOPIC GROUP INDEX.POS [vis=D] [conc=N]
-//	    ack|release TOPIC GROUP OFFSET@EPOCH…    extend … vis=D
+//	    ack|release TOPIC GROUP OFFSET@EPOCH…    extend … vis=D    nack … [delay=D] [reason=X]
+//	    topicset|topicdelete|purge TOPIC …    group|groupdelete|redrive|drop TOPIC GROUP …
+//	    cancel|move TOPIC ID [delay=D]
 //	    init ID | intake NODE NONCE | tick | shrink NODE EPOCH | expand NODE EPOCH | advance D | level N
 //	config NODE…            a configuration; NODE- is a non-voter
 //	checkpoint              restart: lose the memory and replay the log from the last checkpoint
 //	crash                   the same, keeping of the disk only what was synced
-//	park|due|peek|group|topic|browse|groups|topics|in-sync|state|rows
+//	park|due|peek|group|topic|browse|groups|topics|parked|delayed|story|totals|in-sync|state|rows
 func TestScenarios(t *testing.T) {
 	datadriven.Walk(t, "testdata/scenarios", func(t *testing.T, path string) {
 		s := &scenario{}
@@ -46,9 +48,10 @@ func TestScenarios(t *testing.T) {
 }
 
 type scenario struct {
-	t   *testing.T
-	fs  *vfs.MemFS
-	log *testLog
+	t    *testing.T
+	fs   *vfs.MemFS
+	log  *testLog
+	last string // Answer.Last of the last query that had one
 }
 
 func (s *scenario) close() {
@@ -201,12 +204,37 @@ func (s *scenario) query(d *datadriven.TestData, words func(int) []string, arg f
 		q.Now = s.log.now.Cluster + dur(v).Milliseconds()
 	}
 	q.After, _ = arg("after")
+	if q.After == "last" {
+		q.After = s.last
+	}
+	q.Deployment, _ = arg("deployment")
+	if v, ok := arg("state"); ok {
+		if q.Filter.State, ok = ParseMessageState(v); !ok {
+			d.Fatalf(s.t, "no state %q", v)
+		}
+	}
+	q.Filter.Header, _ = arg("header")
+	q.Filter.Value, _ = arg("value")
+	q.Parked.Error, _ = arg("error")
+	if v, ok := arg("since"); ok {
+		q.Filter.Since = testStart.Wall + dur(v).Milliseconds()
+	}
+	if v, ok := arg("until"); ok {
+		q.Filter.Until = testStart.Wall + dur(v).Milliseconds()
+	}
+	if v, ok := arg("rate"); ok {
+		q.DrainRate = num(v)
+	}
 	switch d.Cmd {
 	case "peek":
 		w := words(2)
 		q.Kind, q.Topic, q.Group = QueryPeek, w[0], w[1]
 	case "browse":
-		q.Kind, q.Topic = QueryBrowse, words(1)[0]
+		w := words(1)
+		q.Kind, q.Topic = QueryBrowse, w[0]
+		if len(w) > 1 {
+			q.Group = w[1]
+		}
 		if v, ok := arg("from"); ok {
 			q.From = num(v)
 		}
@@ -219,6 +247,20 @@ func (s *scenario) query(d *datadriven.TestData, words func(int) []string, arg f
 		q.Kind, q.Topic, q.Group = QueryGroup, w[0], w[1]
 	case "groups":
 		q.Kind, q.Topic = QueryGroups, words(1)[0]
+	case "delayed":
+		q.Kind, q.Topic = QueryDelayed, words(1)[0]
+	case "parked":
+		w := words(2)
+		q.Kind, q.Topic, q.Group = QueryParked, w[0], w[1]
+		if v, ok := arg("from"); ok {
+			q.From = num(v)
+		}
+	case "story":
+		w := words(2)
+		q.Kind, q.Topic, q.ID = QueryStory, w[0], messageID(w[1])
+	case "totals":
+		fmt.Fprintf(out, "%+v\n", s.log.e.Totals())
+		return
 	case "message":
 		w := words(2)
 		q.Kind, q.Topic, q.ID = QueryMessage, w[0], messageID(w[1])
@@ -245,11 +287,55 @@ func (s *scenario) query(d *datadriven.TestData, words func(int) []string, arg f
 		s.delivery(&a.Messages[i], out)
 	}
 	for _, t := range a.Topics {
-		fmt.Fprintf(out, "topic %s #%d offsets %d..%d last %s published %d groups %d oldest %s\n", t.Name, t.Incarnation, t.First, t.Next, s.stream(t.Last), t.Published, t.Groups, s.at(t.OldestAt))
+		fmt.Fprintf(out, "topic %s #%d offsets %d..%d last %s published %d groups %d oldest %s", t.Name, t.Incarnation, t.First, t.Next, s.stream(t.Last), t.Published, t.Groups, s.at(t.OldestAt))
+		if t.Delayed > 0 {
+			fmt.Fprintf(out, " delayed %d", t.Delayed)
+		}
+		if t.Settings != (TopicSettings{}) {
+			fmt.Fprintf(out, " settings %+v", t.Settings)
+		}
+		fmt.Fprintln(out)
 	}
 	for _, g := range a.Groups {
-		fmt.Fprintf(out, "group %s/%s #%d at %s (%d) ready %d unsettled %d inflight %d delivered %d redelivered %d acknowledged %d oldest %s\n",
+		fmt.Fprintf(out, "group %s/%s #%d at %s (%d) ready %d unsettled %d inflight %d delivered %d redelivered %d acknowledged %d oldest %s",
 			g.Topic, g.Name, g.Incarnation, s.stream(g.Position), g.Offset, g.Ready, g.Unsettled, g.Inflight, g.Delivered, g.Redelivered, g.Acknowledged, s.at(g.OldestAt))
+		if g.Parked > 0 {
+			fmt.Fprintf(out, " parked %d", g.Parked)
+		}
+		if g.Expiring > 0 {
+			fmt.Fprintf(out, " expiring %d", g.Expiring)
+		}
+		if !g.Settings.isZero() {
+			fmt.Fprintf(out, " settings %+v", g.Settings)
+		}
+		fmt.Fprintln(out)
+	}
+	for i := range a.Parked {
+		p := &a.Parked[i]
+		fmt.Fprintf(out, "parked at %s error %q\n", s.at(p.ParkedAt), p.Error)
+		s.delivery(&p.Delivery, out)
+	}
+	if st := a.Story; st != nil {
+		fmt.Fprintf(out, "%v visible at %s, %d bytes %08x\n", st.State, s.at(st.VisibleAt), st.Bytes, st.CRC)
+		s.delivery(&st.Message, out)
+		for _, g := range st.Groups {
+			fmt.Fprintf(out, "  %s: %v count %d", g.Group, g.State, g.Count)
+			for _, x := range []struct {
+				name string
+				at   int64
+			}{{"leased at", g.LeasedAt}, {"until", g.LeasedUntil}, {"next", g.NextAt}, {"parked", g.ParkedAt}} {
+				if x.at != 0 {
+					fmt.Fprintf(out, " %s %s", x.name, s.at(x.at))
+				}
+			}
+			if g.Error != "" {
+				fmt.Fprintf(out, " error %q", g.Error)
+			}
+			fmt.Fprintln(out)
+		}
+	}
+	if a.Last != "" {
+		s.last = a.Last
 	}
 	if a.More {
 		fmt.Fprintf(out, "more at %d\n", a.Next)
@@ -272,7 +358,7 @@ func (s *scenario) stream(id StreamID) string {
 }
 
 func (s *scenario) delivery(d *Delivery, out *strings.Builder) {
-	fmt.Fprintf(out, "  %s id %d.%d receipt %d@%d stream %s", d.Body, d.ID.Index, d.ID.Pos, d.Receipt.Offset, d.Receipt.Epoch, s.stream(d.Stream))
+	fmt.Fprintf(out, "  %s id %s receipt %d@%d stream %s", d.Body, showID(d.ID), d.Receipt.Offset, d.Receipt.Epoch, s.stream(d.Stream))
 	if d.Count > 0 {
 		fmt.Fprintf(out, " count %d", d.Count)
 	}
@@ -286,9 +372,30 @@ func (s *scenario) delivery(d *Delivery, out *strings.Builder) {
 	fmt.Fprintln(out)
 }
 
+// messageID reads "INDEX.POS", "dINDEX.POS" for a delayed message, and "INDEX.POS>ORIGINAL" for a duplicate.
 func messageID(s string) MessageID {
+	s, original, duplicate := strings.Cut(s, ">")
+	id := MessageID{Kind: KindPlain}
+	if rest, ok := strings.CutPrefix(s, "d"); ok {
+		s, id.Kind = rest, KindDelayed
+	}
 	index, pos, _ := strings.Cut(s, ".")
-	return MessageID{Index: num(index), Pos: uint32(num(pos)), Kind: KindPlain}
+	id.Index, id.Pos = num(index), uint32(num(pos))
+	if duplicate {
+		o := messageID(original)
+		id.Kind, id.OriginalIndex, id.OriginalPos, id.OriginalKind = KindDuplicate, o.Index, o.Pos, o.Kind
+	}
+	return id
+}
+
+func showID(id MessageID) string {
+	switch id.Kind {
+	case KindDelayed:
+		return fmt.Sprintf("d%d.%d", id.Index, id.Pos)
+	case KindDuplicate:
+		return fmt.Sprintf("%d.%d>%s", id.Index, id.Pos, showID(id.Original()))
+	}
+	return fmt.Sprintf("%d.%d", id.Index, id.Pos)
 }
 
 func (s *scenario) apply(d *datadriven.TestData, arg func(string) (string, bool), out *strings.Builder) {
@@ -342,7 +449,7 @@ func (s *scenario) apply(d *datadriven.TestData, arg func(string) (string, bool)
 
 func (s *scenario) effects(out *strings.Builder) {
 	for _, g := range s.log.fx.Deliverable {
-		fmt.Fprintf(out, "deliverable: %s/%s\n", g.Topic, g.Group)
+		fmt.Fprintf(out, "deliverable: %s/%s%s\n", g.Topic, g.Group, s.deployment(g.Deployment))
 	}
 	for _, g := range s.log.fx.Due {
 		fmt.Fprintf(out, "due anew: %s/%s\n", g.Topic, g.Group)
@@ -351,6 +458,13 @@ func (s *scenario) effects(out *strings.Builder) {
 		set := s.log.e.InSync()
 		fmt.Fprintf(out, "in-sync: epoch %d %v\n", set.Epoch, set.Nodes)
 	}
+}
+
+func (s *scenario) deployment(name string) string {
+	if name == "" {
+		return ""
+	}
+	return " of " + name
 }
 
 func (s *scenario) result(d *datadriven.TestData, c Command, r *Result, out *strings.Builder) {
@@ -367,6 +481,9 @@ func (s *scenario) result(d *datadriven.TestData, c Command, r *Result, out *str
 	if r.Published.Count > 0 {
 		p := r.Published
 		fmt.Fprintf(out, " published %d.%d+%d offset %d stream %s", p.Index, p.Pos, p.Count, p.Offset, s.stream(p.Stream))
+		for i := range p.Kinds {
+			fmt.Fprintf(out, " %s", showID(p.ID(i)))
+		}
 	}
 	if len(r.Codes) > 0 {
 		fmt.Fprintf(out, " %v", r.Codes)
@@ -376,6 +493,15 @@ func (s *scenario) result(d *datadriven.TestData, c Command, r *Result, out *str
 	}
 	if r.Inflight != 0 {
 		fmt.Fprintf(out, " inflight %d", r.Inflight)
+	}
+	if r.Count != 0 || r.Next != 0 {
+		fmt.Fprintf(out, " count %d next %d", r.Count, r.Next)
+	}
+	if r.Upload != 0 {
+		fmt.Fprintf(out, " upload %d", r.Upload)
+	}
+	if r.Original != (MessageID{}) {
+		fmt.Fprintf(out, " original %s", showID(r.Original))
 	}
 	if r.ExpiresAt != 0 {
 		fmt.Fprintf(out, " expires %s", s.at(r.ExpiresAt))
@@ -420,6 +546,7 @@ func (s *scenario) command(d *datadriven.TestData, line string) Command {
 		}
 		return def
 	}
+	has := func(word string) bool { return slices.Contains(w, word) }
 	switch verb {
 	case "init":
 		return &Init{ClusterID: w[0], Secret: []byte("secret"), Level: uint32(onum("level", 1)), Refound: slices.Contains(w, "refound")}
@@ -438,11 +565,55 @@ func (s *scenario) command(d *datadriven.TestData, line string) Command {
 		return &Receive{Topic: w[0], Group: w[1], Max: int(onum("max", 1)), Visibility: odur("vis", time.Minute), MaxConcurrency: int(onum("conc", 0)),
 			Latest: slices.Contains(w[2:], "latest"), Park: slices.Contains(w[2:], "park"), Deployment: opts["deployment"]}
 	case "byid":
-		return &ReceiveID{Topic: w[0], Group: w[1], ID: messageID(w[2]), Visibility: odur("vis", time.Minute), MaxConcurrency: int(onum("conc", 0))}
-	case "ack", "release", "extend", "route":
-		c := &Settle{Topic: w[0], Group: w[1], Op: Extend, Visibility: odur("vis", 0)}
-		if verb == "ack" {
+		return &ReceiveID{Topic: w[0], Group: w[1], ID: messageID(w[2]), Visibility: odur("vis", time.Minute), MaxConcurrency: int(onum("conc", 0)), Deployment: opts["deployment"]}
+	case "topicset":
+		return &TopicSet{Topic: w[0], Create: has("create"), Settings: &TopicSettings{Paused: has("paused"), DepthMax: onum("depth", 0), MessageBytesMax: int64(onum("bytes", 0)),
+			RetentionDefault: odur("default", 0), RetentionMax: odur("longest", 0)}}
+	case "topicdelete":
+		return &TopicDelete{Topic: w[0]}
+	case "purge":
+		return &Purge{Topic: w[0]}
+	case "group":
+		c := &GroupSet{Topic: w[0], Group: w[1], Create: has("create"), Seek: has("seek")}
+		switch v := opts["start"]; {
+		case v == "end":
+			c.Start.Kind = StartEnd
+		case strings.Contains(v, "-"):
+			ms, seq, _ := strings.Cut(v, "-")
+			c.Start = Start{Kind: StartID, ID: StreamID{Ms: uint64(testStart.Wall + dur(ms).Milliseconds()), Seq: num(seq)}}
+		case v != "":
+			c.Start = Start{Kind: StartTime, Time: testStart.Wall + dur(v).Milliseconds()}
+		}
+		if has("settings") {
+			c.Settings = &GroupSettings{Paused: has("paused"), Park: has("park"), MaxDeliveries: uint32(onum("deliveries", 0)), ParkedRetention: odur("keep", 0),
+				InitialDelay: odur("initial", 0), StartDelay: odur("startdelay", 0), MaxConcurrency: int(onum("conc", 0)), Deployment: opts["deployment"]}
+			if v, ok := opts["exclude"]; ok {
+				c.Settings.ExcludeDeployments = strings.Split(v, ",")
+			}
+		}
+		return c
+	case "groupdelete":
+		return &GroupDelete{Topic: w[0], Group: w[1]}
+	case "redrive", "drop":
+		c := &Parked{Topic: w[0], Group: w[1], Op: Redrive, Max: int(onum("max", 100)), From: onum("from", 0), DryRun: has("dry"), Filter: ParkedFilter{Error: opts["error"]}}
+		if verb == "drop" {
+			c.Op = Drop
+		}
+		if v, ok := opts["id"]; ok {
+			c.Filter.IDs = []MessageID{messageID(v)}
+		}
+		return c
+	case "cancel":
+		return &Delayed{Topic: w[0], ID: messageID(w[1]), Cancel: true}
+	case "move":
+		return &Delayed{Topic: w[0], ID: messageID(w[1]), Delay: odur("delay", 0)}
+	case "ack", "release", "extend", "nack", "route":
+		c := &Settle{Topic: w[0], Group: w[1], Op: Extend, Visibility: odur("vis", 0), Deployment: opts["deployment"]}
+		switch verb {
+		case "ack":
 			c.Op = Acknowledge
+		case "nack":
+			c.Op, c.Visibility, c.Reason = Release, odur("delay", 0), opts["reason"]
 		}
 		if verb == "route" {
 			c.Op = Route

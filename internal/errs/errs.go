@@ -81,6 +81,7 @@ const (
 	KeyChanged
 	ReservedConsumer
 	MemoryLimit
+	Parked
 	codeCount
 )
 
@@ -145,6 +146,7 @@ var catalogue = [codeCount]Info{
 	Paused:              {"paused", 409, None, "deliveries are paused", "resume the topic or the group"},
 	TopicFull:           {"topic_full", 429, None, "the topic holds as many messages as it may", "wait until messages expire, or raise the topic's limit"},
 	UploadNotFound:      {"upload_not_found", 409, None, "the upload is over", "send the message again"},
+	Parked:              {"parked", 409, None, "Message is parked for this consumer group", "redrive it: tercet message redrive"},
 	TooManyUploads:      {"too_many_uploads", 429, None, "the node has as many large messages under way as it may", "try again after Retry-After seconds"},
 	WrongType:           {"wrong_type", 409, None, "the key holds a value of another type", "use another key, or delete this one first"},
 	GroupExists:         {"group_exists", 409, None, "the consumer group exists already", "nothing to do"},

@@ -1,0 +1,191 @@
+package engine
+
+import (
+	"hash/crc32"
+	"slices"
+
+	"tercet.dev/tercet/internal/errs"
+)
+
+// castagnoli is the table of the checksums of contents.
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// browseLooks bounds the messages that one filtered browse looks at; what matched none goes on at Answer.Next.
+const browseLooks = 10_000
+
+// stateOf says what a message is to a group at now, and the entry it has in the unsettled set, if any.
+func (g *group) stateOf(off uint64, now int64) (MessageState, lease) {
+	if l := g.find(off); l != nil {
+		v, ok := g.view(l, now)
+		switch {
+		case !ok, v.state == settledAhead:
+			return StateAcknowledged, v
+		case v.state == parked:
+			return StateParked, v
+		case v.state == leased && v.deadline > now:
+			return StateLeased, v
+		case v.due() > now:
+			return StateWaiting, v
+		}
+		return StateReady, v
+	}
+	if off < g.next {
+		return StateAcknowledged, lease{}
+	}
+	return StateReady, lease{}
+}
+
+// matchesPlace applies the conditions that show without the contents.
+func (f *MessageFilter) matchesPlace(g *group, b *block, i uint32, now int64) bool {
+	if at := b.publishedWall(i); f.Since != 0 && at < f.Since || f.Until != 0 && at >= f.Until {
+		return false
+	}
+	switch {
+	case f.State == StateAny:
+		return true
+	case g == nil:
+		return f.State == StateReady
+	}
+	state, _ := g.stateOf(b.base+uint64(i), now)
+	return state == f.State
+}
+
+// matchesContent applies the conditions on the contents.
+func (f *MessageFilter) matchesContent(d *Delivery) bool {
+	return f.Header == "" || slices.ContainsFunc(d.Headers, func(h Header) bool {
+		return h.Name == f.Header && (f.Value == "" || h.Value == f.Value)
+	})
+}
+
+// parkedAnswer lists what a group has parked; the contents are loaded afterwards.
+func (e *Engine) parkedAnswer(g *group, q *Query, limit int, now int64) (Answer, []uint64, error) {
+	var a Answer
+	var sizes []uint64
+	offs, next, err := e.selected(g, &q.Parked, q.From, limit, now)
+	if err != nil {
+		return a, nil, err
+	}
+	for _, off := range offs {
+		v, _ := g.view(g.find(off), now)
+		d, size, err := e.kept(g, off, &v)
+		if err != nil {
+			return a, nil, err
+		}
+		d.Count = v.count
+		a.Messages = append(a.Messages, d)
+		a.Parked = append(a.Parked, ParkedMessage{ParkedAt: e.wallAt(v.deadline), Error: g.notes[off]})
+		sizes = append(sizes, size)
+	}
+	a.Next, a.More = next, next != 0
+	return a, sizes, nil
+}
+
+// kept describes a message of the unsettled set, with an estimate of its size.
+func (e *Engine) kept(g *group, off uint64, l *lease) (Delivery, uint64, error) {
+	b, i, err := e.blockAt(g.topic, nil, off)
+	if err != nil {
+		return Delivery{}, 0, err
+	}
+	d := e.stored1(g.topic, g, b, i)
+	if l.expiry != never {
+		d.ExpiresAt = e.wallAt(l.expiry)
+	}
+	return d, b.sizeOf(i), nil
+}
+
+// storyAnswer tells what became of a message; the contents are loaded afterwards.
+func (e *Engine) storyAnswer(t *topic, id MessageID, now int64) (Answer, error) {
+	var a Answer
+	b, i, err := e.byID(t, id.Original())
+	if err != nil {
+		return a, err
+	}
+	if b == nil || b.expiry(i) <= now {
+		return a, errs.Of(errs.MessageNotFound)
+	}
+	a.Messages = []Delivery{e.stored1(t, nil, b, i)}
+	off := b.base + uint64(i)
+	a.Story = &Story{State: StateReady, VisibleAt: b.wall}
+	for _, name := range sortedKeys(t.groups) {
+		g := t.groups[name]
+		state, l := g.stateOf(off, now)
+		s := GroupStory{Group: name, State: state, Count: l.count, Error: g.notes[off]}
+		if l.count > 0 {
+			s.LeasedAt = e.wallAt(l.granted)
+		}
+		switch state {
+		case StateLeased:
+			s.LeasedUntil = e.wallAt(l.deadline)
+			s.NextAt = e.wallAt(l.due())
+		case StateWaiting:
+			s.NextAt = e.wallAt(l.due())
+		case StateParked:
+			s.ParkedAt = e.wallAt(l.deadline)
+		case StateReady:
+			if held := g.held(b, i); l.count == 0 && held > now {
+				s.NextAt = e.wallAt(held)
+			}
+		case StateAny, StateDelayed, StateAcknowledged:
+		}
+		a.Story.Groups = append(a.Story.Groups, s)
+	}
+	return a, nil
+}
+
+// finish brings an answer whose messages are loaded into the form its kind has.
+func (a *Answer) finish(q *Query) {
+	switch {
+	case a.Parked != nil:
+		n := 0
+		for i := range a.Messages { // a.Parked may be longer: the answer was cut short
+			if !a.Messages[i].Gone {
+				a.Parked[n] = a.Parked[i]
+				a.Parked[n].Delivery = a.Messages[i]
+				n++
+			}
+		}
+		a.Parked, a.Messages = a.Parked[:n], nil
+	case a.Story != nil:
+		if len(a.Messages) == 1 && !a.Messages[0].Gone {
+			m := a.Messages[0]
+			a.Story.Message, a.Story.Bytes, a.Story.CRC = m, int64(len(m.Body)), crc32.Checksum(m.Body, castagnoli)
+			if m.Large != nil {
+				a.Story.Bytes, a.Story.CRC = m.Large.Bytes, m.Large.CRC
+			}
+		}
+		a.Messages = nil
+	default:
+		a.Messages = slices.DeleteFunc(a.Messages, func(d Delivery) bool { return d.Gone || !q.Filter.matchesContent(&d) })
+	}
+}
+
+// expiring counts the messages from off on that expire before they are reached, if rate of them are taken in
+// 1000 seconds. It visits whole blocks and no more of them than browseLooks; beyond, what it saw is extrapolated.
+func (e *Engine) expiring(t *topic, off uint64, rate uint64, now int64) (uint64, error) {
+	var count, rank, looks uint64
+	var hint *block
+	for {
+		b, i, err := e.firstLive(t, hint, off, now, false)
+		if err != nil {
+			return 0, err
+		}
+		if b == nil {
+			return count, nil
+		}
+		for ; i < b.count; i++ {
+			rank++
+			looks++
+			x := b.expiry(i)
+			if x <= now || x == never {
+				continue
+			}
+			if rate == 0 || rank*1_000_000/rate > uint64(x-now) {
+				count++
+			}
+		}
+		hint, off = b, b.end()
+		if looks >= 100*browseLooks {
+			return count * (t.next - off + rank) / rank, nil
+		}
+	}
+}
