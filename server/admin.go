@@ -36,6 +36,10 @@ func ownPaths() (paths adminPaths, err error) {
 		{"POST", "/v1/cluster/transfer", Admin, (*exchange).transfer},
 		{"POST", "/v1/clock/advance", Admin, (*exchange).advanceClock},
 
+		{"GET", "/v1/tokens", Admin, (*exchange).listTokens},
+		{"POST", "/v1/tokens", Admin, (*exchange).createToken},
+		{"DELETE", "/v1/tokens/{name}", Admin, (*exchange).revokeToken},
+
 		{"GET", "/v1/topics", Look | someTopics, (*exchange).listTopics},
 		{"GET", "/v1/topics/{topic}", Look, (*exchange).showTopic},
 		{"GET", "/v1/topics/{topic}/groups", Look, (*exchange).listGroups},

@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -111,14 +112,20 @@ func (l *listener) Accept() (net.Conn, error) {
 			}
 		}
 		conn := &headConn{Conn: c, s: l.s, accepted: time.Now(), inHead: true}
+		if l.s.tls != nil {
+			// Heads are looked at behind TLS. The handshake is part of the first read, and of its time.
+			conn.raw, conn.Conn = c, tls.Server(c, l.s.tls)
+		}
 		if l.s.load.admit(conn) {
 			l.s.metrics.conns.Inc()
 			return conn, nil
 		}
 		l.s.metrics.refused.connections.Inc()
-		// The answer fits the socket's buffer; a client that does not take it does not hold us up.
-		c.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
-		_, _ = c.Write(tooMany)
+		if l.s.tls == nil {
+			// The answer fits the socket's buffer; a client that does not take it does not hold us up.
+			c.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
+			_, _ = c.Write(tooMany)
+		}
 		c.Close()
 	}
 }
@@ -169,6 +176,8 @@ var errHead = errors.New("server: ambiguous request head")
 // may come in between and is not looked at; no proxy sends like that.
 type headConn struct {
 	net.Conn
+	// raw is the connection below TLS, nil without TLS.
+	raw  net.Conn
 	s    *Server
 	addr netip.Addr
 	once sync.Once
@@ -200,7 +209,31 @@ func (c *headConn) Read(p []byte) (int, error) {
 			return 0, errHead
 		}
 	}
+	if err != nil && c.raw != nil {
+		if e, ok := errors.AsType[tls.RecordHeaderError](err); ok && e.Conn != nil && looksLikeHTTP(e.RecordHeader[:]) {
+			c.raw.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
+			_, _ = c.raw.Write(plainHTTP)
+		}
+	}
 	return n, err
+}
+
+// plainHTTP is what a client is told that does not speak TLS to a port that does.
+var plainHTTP = func() []byte {
+	e := errs.New(errs.BadRequest, "this port speaks TLS, and the request came without")
+	e.Hint = "use https:// in the address"
+	body := appendError(nil, e, "")
+	return fmt.Appendf(nil, "HTTP/1.1 400 Bad Request\r\nContent-Type: %s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s", wire.MediaJSON, len(body), body)
+}()
+
+// looksLikeHTTP reports whether a first record's head is the beginning of a request in clear text.
+func looksLikeHTTP(head []byte) bool {
+	for _, method := range []string{"GET /", "HEAD ", "POST ", "PUT /", "PATCH", "DELET"} {
+		if string(head) == method {
+			return true
+		}
+	}
+	return false
 }
 
 // Close implements net.Conn.

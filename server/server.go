@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"crypto/rand"
+	"crypto/tls"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -42,6 +43,8 @@ type Options struct {
 	PublicHosts []string
 	// VirtualClock offers POST /v1/clock/advance.
 	VirtualClock bool
+	// TLS makes the listeners speak TLS.
+	TLS *tls.Config
 	// H2C offers HTTP/2 without TLS to clients that begin with it.
 	H2C    bool
 	Limits Limits
@@ -144,6 +147,7 @@ type Server struct {
 	keyed      atomic.Pointer[keyed]
 	paths      adminPaths
 	openAPI    func() (openAPI, error)
+	tls        *tls.Config
 	virtual    bool
 	limits     Limits
 	load       load
@@ -186,6 +190,7 @@ func New(o Options) (*Server, error) {
 		gatherer:   o.Gatherer,
 		authorizer: o.Authorizer,
 		hosts:      map[string]bool{"localhost": true},
+		tls:        o.TLS,
 		virtual:    o.VirtualClock,
 		limits:     o.Limits,
 	}
@@ -322,6 +327,27 @@ func (x *exchange) serve() {
 		return
 	}
 	handle(x)
+	if x.path != nil && r.Method != http.MethodGet && r.Method != http.MethodHead {
+		x.audit()
+	}
+}
+
+// audit leaves a line in the log for every change that was asked for below /v1.
+func (x *exchange) audit() {
+	who := "anybody"
+	if x.principal != nil {
+		who = x.principal.Name
+	}
+	at := make([]any, 0, 16)
+	at = append(at, "who", strconv.Quote(who), "did", x.r.Method+" "+x.path.pattern, "outcome", outcomeNames[x.outcome], "request_id", x.requestID())
+	i := 0
+	for _, s := range x.path.segments {
+		if variable(s) {
+			at = append(at, s[1:len(s)-1], strconv.Quote(x.params[i]))
+			i++
+		}
+	}
+	x.s.log.Info("audit", at...)
 }
 
 // authorize finds out who asks and whether they may.

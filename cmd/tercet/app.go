@@ -92,7 +92,7 @@ Exit codes: 0 ok, 1 failure, 2 usage, 3 not found, 4 precondition, 5 unavailable
 	root.AddCommand(
 		a.devCommand(), a.serverCommand(),
 		a.sendCommand(), a.receiveCommand(), a.ackCommand(), a.releaseCommand(), a.extendCommand(), a.peekCommand(), a.tailCommand(),
-		a.clusterCommand(),
+		a.clusterCommand(), a.tokenCommand(),
 		a.benchCommand(),
 		a.walCommand(), a.versionCommand(),
 	)
@@ -129,7 +129,7 @@ const annotationNode = "node"
 const annotationCommandLine = "command line"
 
 // clientFlags are those of client commands that may come from the environment.
-var clientFlags = map[string]bool{"server": true, "timeout": true}
+var clientFlags = map[string]bool{"server": true, "timeout": true, "token-file": true, "ca": true, "cert": true, "key": true}
 
 // asUsage makes wrong arguments exit with the usage code, for all commands below c.
 func asUsage(c *cobra.Command) {

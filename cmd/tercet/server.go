@@ -48,6 +48,7 @@ type serverOptions struct {
 	logFormat          string
 	logLevel           string
 	bench              benchServer
+	security           securityOptions
 }
 
 func (o *serverOptions) register(f *pflag.FlagSet) {
@@ -71,7 +72,8 @@ func (o *serverOptions) register(f *pflag.FlagSet) {
 	f.StringVar(&o.logFormat, "log-format", "text", "`format` of the log: text or json")
 	f.StringVar(&o.logLevel, "log-level", "info", "lowest `level` that is logged: trace, debug, info, warn or error")
 	o.bench.register(f)
-	f.String("config", "", "YAML `file` with the same names as keys; flags and environment come first")
+	o.security.register(f)
+	f.StringVar(&o.security.config, "config", "", "YAML `file` with the same names as keys; flags and environment come first")
 }
 
 func (a *app) serverCommand() *cobra.Command {
@@ -140,11 +142,17 @@ func (o *serverOptions) config() (raft.Config, error) {
 	if o.bench.majority {
 		cfg.Durability = raft.OnlyMajority
 	}
-	for _, f := range []struct{ flag, addr string }{{"--http", o.http}, {"--peer", o.peer}, {"--valkey", o.valkey}} {
+	if err := o.security.check(); err != nil {
+		problem("%w", err)
+	}
+	for _, f := range []struct {
+		flag, addr    string
+		authenticated bool
+	}{{"--http", o.http, o.security.authenticated()}, {"--peer", o.peer, false}, {"--valkey", o.valkey, false}} {
 		if f.addr == "" {
 			continue
 		}
-		if err := checkAddress(f.addr, o.insecure); err != nil {
+		if err := checkAddress(f.addr, f.authenticated, o.insecure); err != nil {
 			problem("%s: %w", f.flag, err)
 		}
 	}
@@ -178,11 +186,11 @@ func (o *serverOptions) config() (raft.Config, error) {
 }
 
 // checkAddress refuses addresses that are malformed, or that others can reach although nobody is asked who they are.
-func checkAddress(addr string, insecure bool) error {
+func checkAddress(addr string, authenticated, insecure bool) error {
 	if strings.Contains(addr, "://") {
 		return fmt.Errorf("address %q: want HOST:PORT without a scheme", addr)
 	}
-	_, err := server.CheckBind(addr, false, insecure)
+	_, err := server.CheckBind(addr, authenticated, insecure)
 	return err
 }
 
@@ -275,6 +283,14 @@ func (a *app) server(ctx context.Context, o *serverOptions) error {
 		insecure.Set(1)
 		log.Warn("--insecure: whoever reaches this node's addresses can read and write everything")
 	}
+	secured, err := o.security.open(log, registry)
+	if err != nil {
+		return err
+	}
+	defer secured.stop()
+	if public, _ := server.CheckBind(o.http, true, false); public && secured.tls == nil {
+		log.Warn("--http can be reached from other machines without TLS: tokens and messages cross the network in clear text", "address", o.http)
+	}
 	if o.valkey != "" {
 		log.Warn("--valkey is reserved: this release has no Valkey front end and does not listen there", "address", o.valkey)
 	}
@@ -305,10 +321,11 @@ func (a *app) server(ctx context.Context, o *serverOptions) error {
 		return err
 	}
 	defer node.Close()
+	defer secured.follow(ctx, node, log)()
 
 	srv, err := server.New(server.Options{
 		Backend: node, Version: version, Logger: log.Named("http"), Registerer: registry, Gatherer: registry,
-		PublicHosts: o.publicHosts, VirtualClock: o.virtualClock,
+		PublicHosts: o.publicHosts, VirtualClock: o.virtualClock, Authorizer: secured.tokens, TLS: secured.tls,
 	})
 	if err != nil {
 		return err

@@ -119,6 +119,9 @@ func readSettings(file string) (map[string]setting, error) {
 		if _, ok := values[key.Value]; ok {
 			return nil, fmt.Errorf("%s:%d: key %q stands twice", file, key.Line, key.Value)
 		}
+		if key.Value == authKey {
+			continue // see readAuth
+		}
 		value, err := settingValue(node)
 		if err != nil {
 			return nil, fmt.Errorf("%s:%d: %s: %w", file, node.Line, key.Value, err)

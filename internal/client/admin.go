@@ -114,3 +114,24 @@ func (c *Client) Browse(ctx context.Context, topic string, from uint64, limit in
 	err = c.json(ctx, request{method: http.MethodGet, path: page("/v1/topics/"+url.PathEscape(topic)+"/messages", "from", strconv.FormatUint(from, 10), limit)}, &m)
 	return m, err
 }
+
+// Tokens lists the cluster's tokens and those of the configuration of the server in use.
+func (c *Client) Tokens(ctx context.Context) (t wire.Tokens, err error) {
+	err = c.json(ctx, request{method: http.MethodGet, path: "/v1/tokens"}, &t)
+	return t, err
+}
+
+// CreateToken makes a token.
+func (c *Client) CreateToken(ctx context.Context, t wire.NewToken) (out wire.CreatedToken, err error) {
+	err = c.post(ctx, "/v1/tokens", t, &out)
+	return out, err
+}
+
+// RevokeToken ends a token. open allows that it is the last one, after which requests need none.
+func (c *Client) RevokeToken(ctx context.Context, name string, open bool) error {
+	path := "/v1/tokens/" + url.PathEscape(name)
+	if open {
+		path += "?open=true"
+	}
+	return c.json(ctx, request{method: http.MethodDelete, path: path}, nil)
+}

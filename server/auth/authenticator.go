@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -29,6 +30,15 @@ type Token struct {
 	Limits Limits   `json:"limits,omitzero" yaml:"limits"`
 	// Expires ends it; the zero time never does.
 	Expires time.Time `json:"expiresAt,omitzero" yaml:"expires"`
+	// Created is when a stored token was made.
+	Created time.Time `json:"createdAt,omitzero" yaml:"-"`
+}
+
+// Everything reports whether the token allows an access to everything.
+func (t *Token) Everything(access Access) bool {
+	scopes, err := ParseScopes(t.Scopes)
+	p := &Principal{scopes: scopes}
+	return err == nil && p.Allows(access, "")
 }
 
 // tokenPrefix makes a token recognisable for scanners of leaked secrets.
@@ -96,12 +106,13 @@ type Options struct {
 
 // Authenticator checks credentials. It is safe for concurrent use.
 type Authenticator struct {
-	now        func() time.Time
-	configured []Token
-	issuers    map[string]*issuer
+	now     func() time.Time
+	issuers map[string]*issuer
 
-	mu    sync.Mutex // serialises SetStored
-	table atomic.Pointer[table]
+	mu                 sync.Mutex // guards what the table is built from
+	configured, stored []Token
+	loaded             bool // stored was set
+	table              atomic.Pointer[table]
 }
 
 // table is what is known at a time. It never changes.
@@ -123,20 +134,12 @@ type entry struct {
 
 // New makes an Authenticator.
 func New(o Options) (*Authenticator, error) {
-	a := &Authenticator{now: o.Now, configured: o.Tokens, issuers: make(map[string]*issuer)}
+	a := &Authenticator{now: o.Now, configured: o.Tokens, issuers: make(map[string]*issuer), loaded: !o.Stored}
 	if a.now == nil {
 		a.now = time.Now
 	}
-	names := make(map[string]bool)
-	for i := range o.Tokens {
-		t := &o.Tokens[i]
-		if err := t.Check(); err != nil {
-			return nil, err
-		}
-		if names[t.Name] {
-			return nil, fmt.Errorf("token %s stands twice", t.Name)
-		}
-		names[t.Name] = true
+	if err := checkTokens(o.Tokens); err != nil {
+		return nil, err
 	}
 	for _, c := range o.Issuers {
 		i, err := newIssuer(c, o.Client, a.now)
@@ -148,21 +151,52 @@ func New(o Options) (*Authenticator, error) {
 		}
 		a.issuers[c.Issuer] = i
 	}
-	a.build(nil, !o.Stored)
-	return a, nil
+	return a, a.build()
+}
+
+func checkTokens(tokens []Token) error {
+	names := make(map[string]bool)
+	for i := range tokens {
+		t := &tokens[i]
+		if err := t.Check(); err != nil {
+			return err
+		}
+		if names[t.Name] {
+			return fmt.Errorf("token %s stands twice", t.Name)
+		}
+		names[t.Name] = true
+	}
+	return nil
+}
+
+// SetConfigured replaces the tokens of the configuration, all of them or, with an error, none. The last one cannot be
+// taken away like that.
+func (a *Authenticator) SetConfigured(tokens []Token) error {
+	if err := checkTokens(tokens); err != nil {
+		return err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(tokens) == 0 && len(a.configured) > 0 {
+		return errors.New("the last token of the configuration is gone; that needs a restart, since it may open the node to everybody")
+	}
+	a.configured = tokens
+	return a.build()
 }
 
 // SetStored replaces the tokens of the replicated table. One that cannot be used is left out, and named in the error.
 func (a *Authenticator) SetStored(tokens []Token) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.build(tokens, true)
+	a.stored, a.loaded = tokens, true
+	return a.build()
 }
 
-func (a *Authenticator) build(stored []Token, loaded bool) error {
+// build makes the table anew.
+func (a *Authenticator) build() error {
 	old := a.table.Load()
-	t := &table{byHash: make(map[[sha256.Size]byte]*entry), loaded: loaded}
-	t.required = len(a.configured)+len(a.issuers)+len(stored) > 0
+	t := &table{byHash: make(map[[sha256.Size]byte]*entry), loaded: a.loaded}
+	t.required = len(a.configured)+len(a.issuers)+len(a.stored) > 0
 	var problems []error
 	add := func(token *Token) {
 		if err := token.Check(); err != nil {
@@ -181,8 +215,8 @@ func (a *Authenticator) build(stored []Token, loaded bool) error {
 		}
 		t.byHash[e.hash] = e
 	}
-	for i := range stored {
-		add(&stored[i])
+	for i := range a.stored {
+		add(&a.stored[i])
 	}
 	for i := range a.configured {
 		add(&a.configured[i])
@@ -190,6 +224,16 @@ func (a *Authenticator) build(stored []Token, loaded bool) error {
 	a.table.Store(t)
 	return errors.Join(problems...)
 }
+
+// Configured returns the tokens of the configuration.
+func (a *Authenticator) Configured() []Token {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.Clone(a.configured)
+}
+
+// Issuers reports whether JWTs are accepted.
+func (a *Authenticator) Issuers() bool { return len(a.issuers) > 0 }
 
 // Required reports whether requests without credentials are refused.
 func (a *Authenticator) Required() bool {

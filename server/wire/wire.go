@@ -219,3 +219,44 @@ type BrowsedMessage struct {
 	Headers      map[string]string `json:"headers,omitempty"`
 	Body         []byte            `json:"body"`
 }
+
+// Tokens is the answer to GET /v1/tokens.
+type Tokens struct {
+	Tokens []Token `json:"tokens"`
+}
+
+// Token describes a bearer token. Its text is known to its holder alone.
+type Token struct {
+	Name   string      `json:"name"`
+	Scopes []string    `json:"scopes"`
+	Limits TokenLimits `json:"limits,omitzero"`
+	// Source is "cluster" for a token that POST /v1/tokens made, "configuration" for one of the node's file.
+	Source    string    `json:"source"`
+	CreatedAt time.Time `json:"createdAt,omitzero"`
+	ExpiresAt time.Time `json:"expiresAt,omitzero"`
+}
+
+// TokenLimits bound what a token may ask of each node.
+type TokenLimits struct {
+	RequestsPerSecond float64 `json:"requestsPerSecond,omitempty"`
+	Burst             int     `json:"burst,omitempty"`
+	BytesPerSecond    int64   `json:"bytesPerSecond,omitempty"`
+	BytesPerDay       int64   `json:"bytesPerDay,omitempty"`
+}
+
+// NewToken is the body of POST /v1/tokens.
+type NewToken struct {
+	Name   string      `json:"name"`
+	Scopes []string    `json:"scopes"`
+	Limits TokenLimits `json:"limits,omitzero"`
+	// SHA256 is the hash of a text that the client chose, in hexadecimal; without it the server makes one up.
+	SHA256    string    `json:"sha256,omitempty"`
+	ExpiresAt time.Time `json:"expiresAt,omitzero"`
+}
+
+// CreatedToken is the answer to POST /v1/tokens.
+type CreatedToken struct {
+	Token
+	// Secret is the text to present, shown this once; empty when the client chose it.
+	Secret string `json:"secret,omitempty"`
+}
