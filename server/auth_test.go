@@ -176,6 +176,9 @@ func TestNotLoaded(t *testing.T) {
 	_, base := start(t, Options{Backend: &fakeBackend{}, Authorizer: a})
 	send := func(headers ...string) reply { return call(t, "POST", base+"/api/v3/topic/t", []byte("x"), headers...) }
 	expect(t, send("Authorization", "Bearer x"), 429, "no_leader")
+	if r := call(t, "GET", base+"/readyz", nil); r.status != 503 {
+		t.Errorf("such a node is ready: %v", r)
+	}
 	expect(t, send(), 429, "no_leader")
 	if err := a.SetStored(nil); err != nil {
 		t.Fatal(err)

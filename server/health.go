@@ -27,7 +27,11 @@ func (s *Server) checks() []check {
 	if s.Draining() {
 		draining = errs.Of(errs.Draining)
 	}
-	return []check{{"live", s.backend.Live()}, {"ready", s.backend.Ready()}, {"draining", draining}}
+	checks := []check{{"live", s.backend.Live()}, {"ready", s.backend.Ready()}, {"draining", draining}}
+	if s.authorizer != nil {
+		checks = append(checks, check{"tokens", s.authorizer.Ready()})
+	}
+	return checks
 }
 
 // livez answers whether the process should be left running. It does not depend on other nodes.

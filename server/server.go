@@ -128,6 +128,8 @@ type Authorizer interface {
 	Authenticate(r *http.Request) (*auth.Principal, error)
 	// Required reports whether requests without credentials are refused.
 	Required() bool
+	// Ready returns nil once it can tell: until then the node is not ready.
+	Ready() error
 }
 
 // Server answers HTTP for one node. It is an http.Handler; Serve runs it on listeners with the timeouts and

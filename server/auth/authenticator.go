@@ -241,6 +241,14 @@ func (a *Authenticator) Required() bool {
 	return t.required || !t.loaded
 }
 
+// Ready returns nil once the stored tokens have been read, if there may be any.
+func (a *Authenticator) Ready() error {
+	if !a.table.Load().loaded {
+		return notLoaded()
+	}
+	return nil
+}
+
 // credentialBytesMax bounds what is looked at as a token.
 const credentialBytesMax = 8 << 10
 
