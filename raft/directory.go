@@ -25,6 +25,8 @@ type card struct {
 	Applied uint64 `json:"applied,omitempty"`
 	// Leads is the term in which the node is open for service as leader, 0 when it is not.
 	Leads uint64 `json:"leads,omitempty"`
+	// Stalled says that the node's disk has not synced for too long.
+	Stalled bool `json:"stalled,omitempty"`
 	// Clock is the cluster time when the card was written, from the node that leads.
 	Clock int64 `json:"clock,omitempty"`
 	// Level is the newest feature level the node's release knows.
@@ -114,6 +116,14 @@ func (d *directory) leader(now time.Time) (id engine.NodeID, term uint64) {
 		}
 	}
 	return id, term
+}
+
+// stalled reports whether a node says of itself, lately, that its disk is stalled.
+func (d *directory) stalled(id engine.NodeID, now time.Time) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	c, ok := d.cards[id]
+	return ok && c.Stalled && now.Sub(c.at) < leaderNewsMax
 }
 
 // zone returns the zone of a node; a node that was never heard of is taken to be its own.

@@ -12,7 +12,7 @@ import (
 // I/O: step is given the present and returns proposals.
 //
 //	            behind without progress for zone-timeout,
-//	            or its port refused a redial
+//	            or its port refused a redial, or it says that its disk is stalled
 //	          ┌────────────────────────────────────────────┐
 //	      ┌───┴───┐                                   ┌────▼───┐
 //	      │  in   │                                   │  out   │◄─┐ further behind than 1 MiB,
@@ -47,6 +47,8 @@ type voterView struct {
 	Connected bool
 	// Refused says that its port refused the last redial.
 	Refused bool
+	// Stalled says that its disk does not sync, by its own word.
+	Stalled bool
 }
 
 // zoneChange is a proposal: Shrink when Out, else Expand.
@@ -158,7 +160,7 @@ func (p *zonePolicy) step(now time.Time, self engine.NodeID, head uint64, voters
 		}
 		in := slices.Contains(p.set.Nodes, v.ID)
 		// Being close includes moving: one that stands still a few entries behind would fall at once.
-		close := v.Connected && !v.Refused && v.Match > 0 && v.BehindBytes <= returnBytesMax &&
+		close := v.Connected && !v.Refused && !v.Stalled && v.Match > 0 && v.BehindBytes <= returnBytesMax &&
 			now.Sub(r.since) < p.timeout/2
 		switch {
 		case in || !close:
@@ -167,7 +169,7 @@ func (p *zonePolicy) step(now time.Time, self engine.NodeID, head uint64, voters
 			r.closeSince = now
 		}
 		if in {
-			if v.Refused || now.Sub(r.since) >= p.timeout {
+			if v.Refused || v.Stalled || now.Sub(r.since) >= p.timeout {
 				leaves = v.ID
 			}
 		} else if !r.closeSince.IsZero() && now.Sub(r.closeSince) >= p.returnAfter(v.ID) {

@@ -92,6 +92,20 @@ func TestZonePolicyRefusedRedialDropsAtOnce(t *testing.T) {
 	}
 }
 
+func TestZonePolicyStalledDiskDropsAtOnce(t *testing.T) {
+	w := newZoneWorld(t)
+	w.views["c"].Stalled = true
+	got := w.tick(25 * time.Millisecond)
+	if len(got) != 1 || got[0].Node != "c" || !got[0].Out {
+		t.Fatalf("got %+v", got)
+	}
+	for range 200 {
+		if got := w.tick(25 * time.Millisecond); len(got) != 0 {
+			t.Fatalf("stalled still, and %+v", got)
+		}
+	}
+}
+
 func TestZonePolicySilenceDropsAfterTimeout(t *testing.T) {
 	w := newZoneWorld(t)
 	w.head += 10

@@ -484,7 +484,7 @@ func (n *Node) card() card {
 		clock = n.clock.now().Cluster
 	}
 	return card{ID: n.id, Zone: n.cfg.Zone, Peer: n.cfg.PeerAddr, HTTP: n.cfg.HTTPAddr, Valkey: n.cfg.ValkeyAddr,
-		Version: n.cfg.Version, Free: free, Reserve: reserve, Applied: index, Level: engine.LevelMax(), Leads: leads, Clock: clock,
+		Version: n.cfg.Version, Free: free, Reserve: reserve, Applied: index, Level: engine.LevelMax(), Leads: leads, Clock: clock, Stalled: n.stalled.Load(),
 		Expected: n.directory.invitations(n.now())}
 }
 

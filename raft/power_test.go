@@ -250,11 +250,12 @@ func (s *consumers) check(c *cluster) {
 }
 
 // Decision 5: the leader's disk freezes. Another node leads, requests that clients hold on any node are done there,
-// and after the thaw the old leader follows with an equal state.
+// and after the thaw the old leader follows with an equal state. Silence would drop no zone here: that the frozen node
+// says what is the matter has to be enough.
 func TestFrozenDiskOfTheLeader(t *testing.T) {
 	seed := testSeed(t)
 	m := newMachines(seed)
-	c := newCluster(t, m.use)
+	c := newCluster(t, func(cfg *Config) { m.use(cfg); cfg.ZoneTimeout = time.Hour })
 	c.start(founders...)
 	c.inSync(3)
 	lead := c.leader()

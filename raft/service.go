@@ -336,6 +336,7 @@ func (n *Node) watchDisk() {
 		n.closeService()
 	}
 	n.serviceMu.Unlock()
+	n.exchangeNow() // the next leader need not wait for this zone
 	if !stalled {
 		n.log.Warn("the disk answers again")
 		if n.raft.State() == hraft.Leader {
@@ -376,7 +377,7 @@ func (n *Node) stepPolicy() {
 		}
 		match := n.match(id)
 		views = append(views, voterView{ID: id, Match: match, BehindBytes: n.meter.between(match, head, n.wal.Written()),
-			Connected: n.mesh.Connected(peerID(id)), Refused: n.refusing(id)})
+			Connected: n.mesh.Connected(peerID(id)), Refused: n.refusing(id), Stalled: n.directory.stalled(id, now)})
 	}
 	n.nudge(head, views)
 	n.policyMu.Lock()
