@@ -309,7 +309,9 @@ func (a *app) server(ctx context.Context, o *serverOptions) error {
 		"http", o.http, "peer", o.peer, "durability", cfg.Durability, "pid", os.Getpid())
 
 	cfg.Logger, cfg.Registerer = log, registry
+	formed := serveForming(httpListeners)
 	node, err := raft.Start(ctx, cfg)
+	formed()
 	if err != nil {
 		if errors.Is(context.Cause(ctx), errStopped) {
 			return nil
