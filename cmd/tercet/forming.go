@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"net"
 	"net/http"
@@ -25,8 +26,9 @@ type forming struct {
 // formingPatience bounds the last answers of forming.
 const formingPatience = time.Second
 
-// serveForming begins to answer on the listeners. stop ends it and leaves the listeners open, with nobody turned away.
-func serveForming(listeners []net.Listener) (stop func()) {
+// serveForming begins to answer on the listeners, by TLS if secure is not nil. stop ends it and leaves the listeners
+// open, with nobody turned away.
+func serveForming(listeners []net.Listener, secure *tls.Config) (stop func()) {
 	f := &forming{listeners: listeners, conns: make(chan net.Conn), done: make(chan struct{})}
 	f.http = &http.Server{Handler: f, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second}
 	f.http.SetKeepAlivesEnabled(false)
@@ -44,7 +46,11 @@ func serveForming(listeners []net.Listener) (stop func()) {
 	served := make(chan struct{})
 	go func() {
 		defer close(served)
-		_ = f.http.Serve(f) // ends with stop
+		var l net.Listener = f
+		if secure != nil {
+			l = tls.NewListener(f, secure)
+		}
+		_ = f.http.Serve(l) // ends with stop
 	}()
 	return sync.OnceFunc(func() {
 		f.deadline(time.Unix(1, 0))

@@ -18,7 +18,7 @@ func TestForming(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer closeAll(listeners)
-	stop := serveForming(listeners)
+	stop := serveForming(listeners, nil)
 	defer stop()
 	client := &http.Client{Transport: &http.Transport{}}
 	defer client.CloseIdleConnections()

@@ -309,7 +309,7 @@ func (a *app) server(ctx context.Context, o *serverOptions) error {
 		"http", o.http, "peer", o.peer, "durability", cfg.Durability, "pid", os.Getpid())
 
 	cfg.Logger, cfg.Registerer = log, registry
-	formed := serveForming(httpListeners)
+	formed := serveForming(httpListeners, secured.tls)
 	node, err := raft.Start(ctx, cfg)
 	formed()
 	if err != nil {
