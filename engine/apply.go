@@ -292,8 +292,23 @@ func (e *Engine) applyInit(r *reader, res *Result) error {
 		if len(secret) > 0 {
 			e.secret = slices.Clone(secret)
 		}
+		e.skipNumbers()
 	}
 	return nil
+}
+
+// refoundSkip is more than a cluster gives out between the last entry that a surviving node has and its own end.
+const refoundSkip = 1 << 32
+
+// skipNumbers makes sure that no number is given out again that was given out by entries which this log has lost: a
+// receipt of those would fit another message's lease.
+func (e *Engine) skipNumbers() {
+	e.incarnations += refoundSkip
+	e.intakeCount += refoundSkip
+	for _, g := range e.groups {
+		g.epoch += refoundSkip
+		g.dirty = true
+	}
 }
 
 func (e *Engine) applyOpenIntake(r *reader, res *Result) {
