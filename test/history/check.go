@@ -33,6 +33,8 @@ type Report struct {
 	ExtendOK, ExtendNo           int
 	// StaleRefused counts settlements that came with an older receipt than the newest and were refused.
 	StaleRefused int
+	// Forgotten counts messages that came again after an acknowledgement from before the disaster.
+	Forgotten int
 	// Violations name the rule first.
 	Violations []string
 }
@@ -40,9 +42,9 @@ type Report struct {
 // String is a summary on one line.
 func (r *Report) String() string {
 	return fmt.Sprintf("publishes: %d ok, %d refused, %d unknown (%d of them happened); grants: %d, %d of them redeliveries, %d lost with their reply, %d withdrawn; "+
-		"receives: %d refused, %d unknown; acks: %d ok, %d refused, %d unknown; extensions: %d ok, %d refused; stale receipts refused: %d; violations: %d",
+		"receives: %d refused, %d unknown; acks: %d ok, %d refused, %d unknown; extensions: %d ok, %d refused; stale receipts refused: %d; acknowledgements forgotten: %d; violations: %d",
 		r.PublishOK, r.PublishNo, r.PublishUnknown, r.UnknownSeen, r.Grants, r.Redelivered, r.Lost, r.Withdrawn,
-		r.ReceiveNo, r.ReceiveUnknown, r.AckOK, r.AckNo, r.AckUnknown, r.ExtendOK, r.ExtendNo, r.StaleRefused, len(r.Violations))
+		r.ReceiveNo, r.ReceiveUnknown, r.AckOK, r.AckNo, r.AckUnknown, r.ExtendOK, r.ExtendNo, r.StaleRefused, r.Forgotten, len(r.Violations))
 }
 
 func (r *Report) violate(rule, format string, args ...any) {
@@ -107,8 +109,16 @@ func Check(h *History) *Report {
 	}
 	for _, mk := range sortedKeys(leases) {
 		ls := leases[mk]
-		slices.SortStableFunc(ls, func(a, b *lease) int { return cmp.Compare(a.Count, b.Count) })
-		checkMessage(r, mk, ls, lostReplies[mk.group], inVain[mk.group])
+		slices.SortStableFunc(ls, func(a, b *lease) int {
+			switch {
+			case h.parted(a.Start, b.Start):
+				return -1
+			case h.parted(b.Start, a.Start):
+				return 1
+			}
+			return cmp.Compare(a.Count, b.Count)
+		})
+		checkMessage(h, r, mk, ls, lostReplies[mk.group], inVain[mk.group])
 	}
 	checkDelivered(h, r, leases, settled)
 	return r
@@ -216,12 +226,17 @@ func attachSettles(h *History, r *Report, byReceipt map[string]*lease) map[messa
 }
 
 // checkMessage checks the leases of one message in one group, sorted by count.
-func checkMessage(r *Report, mk messageKey, ls []*lease, lost, inVain []Receive) {
+func checkMessage(h *History, r *Report, mk messageKey, ls []*lease, lost, inVain []Receive) {
 	previous := 0
 	for i, b := range ls {
+		switch {
+		case i > 0 && h.parted(ls[i-1].Start, b.Start), i == 0 && h.parted(0, b.Start):
+			previous = b.Count - 1 // how far the survivor was is not known
+		case i > 0:
+			checkPair(r, mk, ls[i-1], b)
+		}
 		if i > 0 {
 			r.Redelivered++
-			checkPair(r, mk, ls[i-1], b)
 		}
 		if missing := b.Count - previous - 1; missing > 0 {
 			// Each count that was passed over was a lease whose reply somebody did not get.
@@ -245,7 +260,7 @@ func checkMessage(r *Report, mk messageKey, ls []*lease, lost, inVain []Receive)
 		if i+1 < len(ls) {
 			newer = ls[i+1]
 		}
-		checkSettles(r, mk, b, newer)
+		checkSettles(h, r, mk, b, newer)
 	}
 }
 
@@ -275,12 +290,14 @@ func checkPair(r *Report, mk messageKey, a, b *lease) {
 }
 
 // checkSettles checks what was tried with one receipt. newer is the next lease of the message, if any.
-func checkSettles(r *Report, mk messageKey, l, newer *lease) {
+func checkSettles(h *History, r *Report, mk messageKey, l, newer *lease) {
 	acked := false
 	for i, s := range l.settles {
 		stale := newer != nil && newer.End < s.Start
 		if s.Ack && s.Outcome == harness.OK {
-			if newer != nil {
+			if newer != nil && h.parted(s.Start, newer.Start) {
+				r.Forgotten++
+			} else if newer != nil {
 				rule := "S3"
 				if stale {
 					rule = "S5"
@@ -305,7 +322,7 @@ func checkSettles(r *Report, mk messageKey, l, newer *lease) {
 			continue
 		}
 		// Refused: then the lease must have been over, or its message acknowledged.
-		over := newer != nil && newer.Start <= s.End || s.End >= l.until(s.End)-Moment(Epsilon)
+		over := h.parted(l.Start, s.End) || newer != nil && newer.Start <= s.End || s.End >= l.until(s.End)-Moment(Epsilon)
 		for _, earlier := range l.settles[:i] {
 			over = over || earlier.Ack && earlier.Outcome != harness.No
 		}
@@ -324,9 +341,12 @@ func refusesReceipt(s Settle) bool {
 func checkDelivered(h *History, r *Report, leases map[messageKey][]*lease, settled map[messageKey]bool) {
 	for _, p := range h.Publishes {
 		var with, without []string
+		lost := false
 		for _, g := range h.Groups {
 			mk := messageKey{g, p.Key}
 			got := len(leases[mk]) > 0
+			// It was handed out, and lost before it was confirmed.
+			gone := p.Outcome == harness.Unknown && got && h.Disaster > 0 && !slices.ContainsFunc(leases[mk], func(l *lease) bool { return l.Start > h.Disaster })
 			if got {
 				with = append(with, g)
 			} else {
@@ -335,13 +355,15 @@ func checkDelivered(h *History, r *Report, leases map[messageKey][]*lease, settl
 			switch {
 			case p.Outcome == harness.OK && !got:
 				r.violate("S1", "%s (%s) was published at %v via %s with %d zones and never came to group %s", p.Key, p.ID, p.Interval, p.Via, p.Zones, g)
+			case gone:
+				lost = true
 			case got && !settled[mk]:
 				r.violate("S1", "%s came to group %s and could not be acknowledged until the end", p.Key, g)
 			}
 		}
 		if p.Outcome == harness.Unknown && len(with) > 0 {
 			r.UnknownSeen++
-			if len(without) > 0 {
+			if len(without) > 0 && !lost {
 				r.violate("S1b", "%s, published with unknown outcome, came to groups %v and not to %v", p.Key, with, without)
 			}
 		}

@@ -94,6 +94,7 @@ type Recorder struct {
 	settles   []Settle
 	broken    []string
 	marks     []Mark
+	disaster  Moment
 	// open holds, per group, what was published with outcome OK and is not acknowledged; see Unsettled.
 	open map[string]map[string]bool
 }
@@ -123,6 +124,17 @@ func (r *Recorder) Mark(format string, args ...any) Moment {
 	m := Mark{Moment(time.Since(r.origin)), fmt.Sprintf(format, args...)}
 	r.marks = append(r.marks, m)
 	return m.At
+}
+
+// Disaster notes that the cluster lost its majority for good and was founded anew from what one node had: what was
+// published with all zones is there, but settlements and leases from before may be forgotten (the exception to S3
+// that the reliability notes name). There may be one in a record.
+func (r *Recorder) Disaster(format string, args ...any) Moment {
+	at := r.Mark(format, args...)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.disaster = at
+	return at
 }
 
 // Publish records an attempt that began at start and ends now.
@@ -211,6 +223,7 @@ func (r *Recorder) History() *History {
 		Settles:   append([]Settle(nil), r.settles...),
 		Broken:    append([]string(nil), r.broken...),
 		Marks:     append([]Mark(nil), r.marks...),
+		Disaster:  r.disaster,
 	}
 	for g := range r.open {
 		h.Groups = append(h.Groups, g)
@@ -227,4 +240,11 @@ type History struct {
 	Settles   []Settle
 	Broken    []string
 	Marks     []Mark
+	// Disaster is 0, or when what a majority had agreed on may have been lost; see Recorder.Disaster.
+	Disaster Moment
+}
+
+// parted reports whether the disaster came between two operations that began then.
+func (h *History) parted(earlier, later Moment) bool {
+	return earlier <= h.Disaster && h.Disaster < later
 }

@@ -1,6 +1,7 @@
 package history
 
 import (
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -207,5 +208,45 @@ func TestGap(t *testing.T) {
 	}
 	if gap, _ := h.Gap(at(15, 0).Start, at(400, 0).Start); gap != 480*time.Millisecond {
 		t.Errorf("gap %v, want 480ms", gap)
+	}
+}
+
+// TestDisaster: what was agreed on before a disaster may be forgotten, and nothing else is excused by it.
+func TestDisaster(t *testing.T) {
+	forgetful := func() *History {
+		h := story()
+		// The acknowledgement by g at 2040 ms is forgotten, and so are both leases: the count begins anew.
+		h.Disaster = at(2060, 2060).Start
+		h.Receives = append(h.Receives, Receive{Interval: at(2070, 2080), Group: "g", Outcome: harness.OK})
+		h.Grants = append(h.Grants, Grant{Interval: at(2070, 2080), Group: "g", Key: "k1", ID: "m1", Receipt: "g3", Count: 1, Visibility: time.Second})
+		h.Settles = append(h.Settles,
+			Settle{Interval: at(2085, 2086), Group: "g", Receipt: "g2", Outcome: harness.No, Status: 404},
+			Settle{Interval: at(2090, 2100), Group: "g", Receipt: "g3", Ack: true, Outcome: harness.OK, Status: 204})
+		// What nobody confirmed came to g and is gone.
+		h.Grants = append(h.Grants, Grant{Interval: at(20, 30), Group: "g", Key: "k2", ID: "m2", Receipt: "g4", Count: 1, Visibility: time.Second})
+		return h
+	}
+	if r := Check(forgetful()); len(r.Violations) > 0 || r.Forgotten != 1 {
+		t.Errorf("%d acknowledgements forgotten, want 1; violations: %q", r.Forgotten, r.Violations)
+	}
+	if checked, bad := Linearizable(forgetful(), time.Minute); checked == 0 || len(bad) > 0 {
+		t.Errorf("%d checked; %q", checked, bad)
+	}
+	cases := []struct {
+		rule  string
+		spoil func(h *History)
+	}{
+		{"S3", func(h *History) { h.Disaster = at(2035, 2035).Start }}, // it was acknowledged after the disaster
+		{"S5", func(h *History) { h.Grants[3].Receipt = "h1" }},
+		{"S5", func(h *History) { h.Settles[3].Outcome = harness.OK }}, // an old receipt changes the new lease
+		{"S1", func(h *History) { h.Grants = slices.Delete(h.Grants, 2, 3) }},
+		{"S1", func(h *History) { h.Publishes[1].Outcome, h.Publishes[1].ID = harness.OK, "m2" }},
+	}
+	for i, c := range cases {
+		h := forgetful()
+		c.spoil(h)
+		if r := Check(h); !slices.ContainsFunc(r.Violations, func(v string) bool { return strings.HasPrefix(v, c.rule+":") }) {
+			t.Errorf("case %d: violations %q, want one of %s", i, r.Violations, c.rule)
+		}
 	}
 }

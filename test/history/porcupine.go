@@ -18,7 +18,7 @@ type leaseState struct {
 
 // leaseOp is an operation on it, with its result.
 type leaseOp struct {
-	// kind is 'g' for a grant, 'a' for an acknowledgement, 'e' for a change of the lease.
+	// kind is 'g' for a grant, 'a' for an acknowledgement, 'e' for a change of the lease, 'd' for the disaster.
 	kind    byte
 	count   int
 	outcome harness.Outcome
@@ -31,6 +31,8 @@ func (o leaseOp) String() string {
 	switch o.kind {
 	case 'g':
 		return fmt.Sprintf("lease #%d", o.count)
+	case 'd':
+		return "disaster"
 	case 'a':
 		return fmt.Sprintf("ack #%d: %s", o.count, o.outcome)
 	}
@@ -43,6 +45,13 @@ var leaseModel = (&porcupine.NondeterministicModel{
 		s, op := state.(leaseState), input.(leaseOp)
 		current := !s.acked && op.count == s.count
 		switch {
+		case op.kind == 'd':
+			// The survivor may be anywhere in the past.
+			states := []any{s}
+			for count := range s.count + 1 {
+				states = append(states, leaseState{count: count})
+			}
+			return states
 		case op.kind == 'g':
 			if s.acked || op.count <= s.count {
 				return nil
@@ -83,13 +92,16 @@ func Linearizable(h *History, timeout time.Duration) (checked int, violations []
 			}
 			ops = append(ops, porcupine.Operation{ClientId: len(ops), Input: in, Call: int64(at.Start), Return: end})
 		}
+		if at := h.Disaster; at > 0 {
+			add(leaseOp{kind: 'd', outcome: harness.OK}, Interval{at, at})
+		}
 		for _, l := range leases[mk] {
 			add(leaseOp{kind: 'g', count: l.Count, outcome: harness.OK}, l.Interval)
 			for _, s := range l.settles {
 				if s.Outcome == harness.No && !refusesReceipt(s) {
 					continue
 				}
-				op := leaseOp{kind: 'e', count: l.Count, outcome: s.Outcome, running: s.End < l.until(s.End)-Moment(Epsilon)}
+				op := leaseOp{kind: 'e', count: l.Count, outcome: s.Outcome, running: s.End < l.until(s.End)-Moment(Epsilon) && !h.parted(l.Start, s.End)}
 				if s.Ack {
 					op.kind = 'a'
 				}
