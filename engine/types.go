@@ -267,6 +267,8 @@ type Published struct {
 	Kinds []MessageKind
 	// Originals has, for each duplicate in order, the message it is one of.
 	Originals []MessageID
+	// IDs are the messages' own IDs where they do not follow from Index and Pos. The engine leaves it empty.
+	IDs []MessageID
 }
 
 // isZero reports that nothing was published.
@@ -274,6 +276,9 @@ func (p *Published) isZero() bool { return p.Count == 0 && p.Index == 0 }
 
 // ID returns the ID of the i-th message.
 func (p *Published) ID(i int) MessageID {
+	if p.IDs != nil {
+		return p.IDs[i]
+	}
 	id := MessageID{Shard: p.Shard, Index: p.Index, Pos: p.Pos + uint32(i), Kind: KindPlain}
 	if p.Kinds == nil {
 		return id
