@@ -30,6 +30,8 @@ type IAM struct {
 	Credentials aws.CredentialsProvider
 	// Now is the clock; nil is time.Now.
 	Now func() time.Time
+
+	relogin time.Duration // in tests; 0 is iamRelogin
 }
 
 // Times of the service.
@@ -87,5 +89,10 @@ func (i *IAM) credentials(valkey.AuthCredentialsContext) (valkey.AuthCredentials
 	if err != nil {
 		return valkey.AuthCredentials{}, err
 	}
-	return valkey.AuthCredentials{Username: i.User, Password: token, RefreshAfter: i.now().Add(iamRelogin)}, nil
+	relogin := i.relogin
+	if relogin == 0 {
+		relogin = iamRelogin
+	}
+	// The token is as old as the clock that signs says; when to log in anew is a matter of this process's time.
+	return valkey.AuthCredentials{Username: i.User, Password: token, RefreshAfter: time.Now().Add(relogin)}, nil
 }

@@ -266,4 +266,6 @@ func bodyOf(pairs []string) (contentType string, body []byte) {
 }
 
 // serverNow is the upstream's time in Unix milliseconds, as far as this process knows it.
-func (g *Gateway) serverNow() int64 { return time.Now().UnixMilli() + g.found.clockAhead.Milliseconds() }
+func (g *Gateway) serverNow() int64 {
+	return time.Now().UnixMilli() + g.found.clockAhead.Milliseconds()
+}

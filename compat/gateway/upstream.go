@@ -173,9 +173,9 @@ func (t Target) Dial() (valkey.Client, error) {
 // upstream holds the client and replaces it when the primary has moved: the address is a name, and only a new
 // connection follows it. It is safe for concurrent use.
 type upstream struct {
-	target  Target
-	log     hclog.Logger
-	current atomic.Pointer[clientRef]
+	target   Target
+	log      hclog.Logger
+	current  atomic.Pointer[clientRef]
 	retiring sync.WaitGroup
 	mu       sync.Mutex // held while replacing
 	closed   bool
@@ -268,6 +268,13 @@ func moved(err error) bool {
 	return false
 }
 
+// passing reports whether an error says that the same server will take the request in a moment: a slot that is on its
+// way to another shard, a data set that is loading, an election of the cluster's own.
+func passing(err error) bool {
+	ve, ok := valkey.IsValkeyErr(err)
+	return ok && (ve.IsTryAgain() || ve.IsLoading() || ve.IsClusterDown())
+}
+
 // refusedLogin reports whether credentials were refused, which for IAM means that the token was too old.
 func refusedLogin(err error) bool {
 	ve, ok := valkey.IsValkeyErr(err)
@@ -293,8 +300,10 @@ func (u *upstream) call(ctx context.Context, repeatable bool, f func(valkey.Clie
 			u.replaceQuietly(ref, err)
 			return errs.New(errs.OutcomeUnknown, "the connection to the upstream broke while it worked: %v", err)
 		}
-		if e := u.replace(ref, err); e != nil && u.isClosed() {
-			return errs.Of(errs.Draining)
+		if !passing(err) {
+			if e := u.replace(ref, err); e != nil && u.isClosed() {
+				return errs.Of(errs.Draining)
+			}
 		}
 		timer := time.NewTimer(delay)
 		select {

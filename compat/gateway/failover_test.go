@@ -1,0 +1,362 @@
+package gateway
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"math/big"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// endpoint is what a service's name is: an address that leads to whoever is the primary. New connections go there;
+// those that exist stay where they are.
+type endpoint struct {
+	l       net.Listener
+	primary atomic.Pointer[string]
+	mu      sync.Mutex
+	conns   map[net.Conn]struct{}
+	group   sync.WaitGroup
+}
+
+func newEndpoint(t *testing.T, primary string) *endpoint {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := &endpoint{l: l, conns: make(map[net.Conn]struct{})}
+	e.primary.Store(&primary)
+	e.group.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			e.group.Go(func() { e.serve(c) })
+		}
+	})
+	t.Cleanup(func() {
+		l.Close()
+		e.cut()
+		e.group.Wait()
+	})
+	return e
+}
+
+func (e *endpoint) addr() string { return e.l.Addr().String() }
+
+func (e *endpoint) serve(c net.Conn) {
+	defer c.Close()
+	s, err := net.Dial("tcp", *e.primary.Load())
+	if err != nil {
+		return
+	}
+	defer s.Close()
+	e.mu.Lock()
+	e.conns[c] = struct{}{}
+	e.mu.Unlock()
+	e.group.Go(func() {
+		io.Copy(s, c)
+		s.Close()
+	})
+	io.Copy(c, s)
+	e.mu.Lock()
+	delete(e.conns, c)
+	e.mu.Unlock()
+}
+
+// cut breaks the connections that exist.
+func (e *endpoint) cut() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for c := range e.conns {
+		c.Close()
+	}
+}
+
+// TestFailover publishes and consumes while a replica is promoted: with WAIT for the replica nothing that was
+// acknowledged is lost, and the gateway finds the new primary behind the same name.
+func TestFailover(t *testing.T) {
+	for _, how := range []string{"the primary dies", "the primary becomes a replica", "the network is cut"} {
+		t.Run(how, func(t *testing.T) {
+			first := startRedis(t)
+			second := startRedis(t, "--replicaof", "127.0.0.1 "+strconv.Itoa(first.port))
+			until(t, 20*time.Second, "the replica", func() error {
+				if !strings.Contains(first.do("INFO", "replication"), "connected_slaves:1") {
+					return fmt.Errorf("not connected")
+				}
+				return nil
+			})
+			e := newEndpoint(t, first.addr())
+			a := open(t, Options{Target: Target{Addr: e.addr(), Mode: Single}, Worth: Worth{Replicas: 1, Timeout: time.Second}, Require: Level{rankReplicas, 1}})
+
+			ctx, stop := context.WithCancel(t.Context())
+			var mu sync.Mutex
+			acked := make(map[string]bool)
+			outcomes := make(map[int]int)
+			var confirmed atomic.Int64
+			var wg sync.WaitGroup
+			for p := range 4 {
+				wg.Go(func() {
+					for i := 0; ctx.Err() == nil; i++ {
+						body := fmt.Sprintf("%d-%d", p, i)
+						r, err := a.try(ctx, "POST", "/api/v3/topic/t", body)
+						if err != nil {
+							continue
+						}
+						mu.Lock()
+						if outcomes[r.status]++; r.status == 201 {
+							acked[body] = true
+							confirmed.Add(1)
+						}
+						mu.Unlock()
+					}
+				})
+			}
+			more := func(n int64) {
+				t.Helper()
+				from := confirmed.Load()
+				until(t, 30*time.Second, "more publishes", func() error {
+					if got := confirmed.Load() - from; got < n {
+						return fmt.Errorf("%d so far; outcomes %v", got, func() map[int]int {
+							mu.Lock()
+							defer mu.Unlock()
+							m := map[int]int{}
+							for k, v := range outcomes {
+								m[k] = v
+							}
+							return m
+						}())
+					}
+					return nil
+				})
+			}
+			more(200)
+			addr := second.addr()
+			switch how {
+			case "the primary dies":
+				first.kill()
+				second.do("REPLICAOF", "NO", "ONE")
+				e.primary.Store(&addr)
+				// A third server takes the replica's place, or WAIT would never be satisfied again.
+				startRedis(t, "--replicaof", "127.0.0.1 "+strconv.Itoa(second.port))
+			case "the primary becomes a replica":
+				first.do("CLIENT", "PAUSE", "300", "WRITE")
+				time300 := time.NewTimer(50 * time.Millisecond) // what was written before is on its way
+				<-time300.C
+				second.do("REPLICAOF", "NO", "ONE")
+				e.primary.Store(&addr)
+				first.do("REPLICAOF", "127.0.0.1", strconv.Itoa(second.port))
+			case "the network is cut":
+				e.cut()
+			}
+			more(200)
+			stop()
+			wg.Wait()
+			t.Logf("outcomes by status: %v", outcomes)
+
+			found := make(map[string]int)
+			empty := 0
+			for empty < 3 {
+				ms := a.receive("t", "g", "Vqs-Max-Messages", "10")
+				if len(ms) == 0 {
+					empty++
+				}
+				for _, m := range ms {
+					found[string(m.Body)]++
+					a.ack(204, "t", "g", m.Receipt)
+				}
+			}
+			for body := range acked {
+				if found[body] == 0 {
+					t.Errorf("message %s was acknowledged and is lost", body)
+				}
+			}
+			for body, n := range found {
+				if n > 1 {
+					t.Errorf("message %s is there %d times", body, n)
+				}
+			}
+			t.Logf("%d acknowledged, %d found", len(acked), len(found))
+		})
+	}
+}
+
+// TestCluster runs on three shards and moves a slot while messages pass.
+func TestCluster(t *testing.T) {
+	var nodes []*redis
+	for range 3 {
+		nodes = append(nodes, startRedis(t, "--cluster-enabled", "yes", "--cluster-node-timeout", "2000"))
+	}
+	ranges := [][2]int{{0, 5460}, {5461, 10922}, {10923, 16383}}
+	for i, n := range nodes {
+		n.do("CLUSTER", "ADDSLOTSRANGE", strconv.Itoa(ranges[i][0]), strconv.Itoa(ranges[i][1]))
+		n.do("CLUSTER", "SET-CONFIG-EPOCH", strconv.Itoa(i+1))
+		if i > 0 {
+			n.do("CLUSTER", "MEET", "127.0.0.1", strconv.Itoa(nodes[0].port))
+		}
+	}
+	until(t, 30*time.Second, "the cluster", func() error {
+		for _, n := range nodes {
+			if info := n.do("CLUSTER", "INFO"); !strings.Contains(info, "cluster_state:ok") || !strings.Contains(info, "cluster_known_nodes:3") {
+				return fmt.Errorf("%s", info)
+			}
+		}
+		return nil
+	})
+	a := open(t, Options{Target: Target{Addr: nodes[0].addr()}})
+	if got := a.g.Report().Mode; got != Cluster {
+		t.Fatalf("mode %s", got)
+	}
+	for i := range 30 {
+		topic := "t" + strconv.Itoa(i)
+		a.send(topic, "x", "Vqs-Idempotency-Key", "k")
+		a.ack(204, topic, "g", a.one(topic, "g", "x").Receipt)
+	}
+
+	slot := nodes[0].do("CLUSTER", "KEYSLOT", "t")
+	n, _ := strconv.Atoi(slot)
+	from, to := nodes[0], nodes[1]
+	for i, r := range ranges {
+		if n >= r[0] && n <= r[1] {
+			from, to = nodes[i], nodes[(i+1)%3]
+		}
+	}
+	fromID, toID := from.do("CLUSTER", "MYID"), to.do("CLUSTER", "MYID")
+	sent := 0
+	send := func(count int) {
+		for range count {
+			a.send("t", strconv.Itoa(sent))
+			sent++
+		}
+	}
+	send(50)
+	to.do("CLUSTER", "SETSLOT", slot, "IMPORTING", fromID)
+	from.do("CLUSTER", "SETSLOT", slot, "MIGRATING", toID)
+	send(20)
+	// While the topic's keys are on their way, some here and some there, scripts have to wait for the rest.
+	held := make(chan message, 1)
+	go func() { held <- a.one("t", "g", "0") }()
+	for {
+		keys := strings.Fields(from.do("CLUSTER", "GETKEYSINSLOT", slot, "100"))
+		if len(keys) == 0 {
+			break
+		}
+		for _, k := range keys {
+			from.do("MIGRATE", "127.0.0.1", strconv.Itoa(to.port), k, "0", "5000")
+		}
+	}
+	for _, node := range []*redis{to, from} {
+		node.do("CLUSTER", "SETSLOT", slot, "NODE", toID)
+	}
+	send(30)
+	a.ack(204, "t", "g", (<-held).Receipt)
+	found := map[string]bool{"0": true}
+	for {
+		ms := a.receive("t", "g", "Vqs-Max-Messages", "10")
+		if len(ms) == 0 {
+			break
+		}
+		for _, m := range ms {
+			found[string(m.Body)] = true
+			a.ack(204, "t", "g", m.Receipt)
+		}
+	}
+	if len(found) != sent {
+		t.Errorf("%d of %d messages arrived", len(found), sent)
+	}
+}
+
+// TestTLSAndUsers connects by TLS with a CA of its own as an ACL user, whose password then changes.
+func TestTLSAndUsers(t *testing.T) {
+	ca, cert, key := certificates(t)
+	port := freePort(t)
+	r := &redis{t: t, port: port, dir: t.TempDir(), tls: true, args: []string{
+		"--tls-cert-file", cert, "--tls-key-file", key, "--tls-ca-cert-file", ca, "--tls-auth-clients", "no",
+		"--user", "default", "off", "--user", "app", "on", ">secret", "~*", "&*", "+@all",
+	}}
+	r.start()
+	t.Cleanup(r.kill)
+	url := fmt.Sprintf("rediss://app:secret@localhost:%d", port)
+	target, err := ParseTarget(url, ca)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := open(t, Options{Target: target})
+	a.send("t", "x")
+	a.one("t", "g", "x")
+	if s := target.String(); strings.Contains(s, "secret") {
+		t.Errorf("the password is shown: %s", s)
+	}
+	// Without the CA, and with another name than the certificate's, nothing is sent.
+	for _, bad := range []struct{ url, ca string }{{url, ""}, {strings.Replace(url, "localhost", "127.0.0.1", 1), ca}, {strings.Replace(url, "secret", "wrong", 1), ca}} {
+		target, err := ParseTarget(bad.url, bad.ca)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if g, err := Open(t.Context(), Options{Target: target}); err == nil {
+			g.Close()
+			t.Errorf("connected to %s", bad.url)
+		}
+	}
+}
+
+// certificates makes a CA and a server certificate for localhost, and returns the files.
+func certificates(t *testing.T) (ca, cert, key string) {
+	t.Helper()
+	dir := t.TempDir()
+	write := func(name, kind string, der []byte) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	caKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	parent := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "test CA"}, IsCA: true, BasicConstraintsValid: true,
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageCertSign,
+	}
+	caDER, err := x509.CreateCertificate(rand.Reader, parent, parent, &caKey.PublicKey, caKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	own, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	leaf := &x509.Certificate{
+		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "localhost"}, DNSNames: []string{"localhost"},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, leaf, parent, &own.PublicKey, caKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(own)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tls.X509KeyPair(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER})); err != nil {
+		t.Fatal(err)
+	}
+	return write("ca.pem", "CERTIFICATE", caDER), write("cert.pem", "CERTIFICATE", der), write("key.pem", "PRIVATE KEY", keyDER)
+}
