@@ -21,6 +21,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"tercet.dev/tercet/compat/gateway/internal/redistest"
 )
 
 // endpoint is what a service's name is: an address that leads to whoever is the primary. New connections go there;
@@ -94,15 +96,15 @@ func (e *endpoint) cut() {
 func TestFailover(t *testing.T) {
 	for _, how := range []string{"the primary dies", "the primary becomes a replica", "the network is cut"} {
 		t.Run(how, func(t *testing.T) {
-			first := startRedis(t)
-			second := startRedis(t, "--replicaof", "127.0.0.1 "+strconv.Itoa(first.port))
-			until(t, 20*time.Second, "the replica", func() error {
-				if !strings.Contains(first.do("INFO", "replication"), "connected_slaves:1") {
+			first := redistest.Start(t)
+			second := redistest.Start(t, "--replicaof", "127.0.0.1 "+strconv.Itoa(first.Port))
+			redistest.Until(t, 20*time.Second, "the replica", func() error {
+				if !strings.Contains(first.Do("INFO", "replication"), "connected_slaves:1") {
 					return fmt.Errorf("not connected")
 				}
 				return nil
 			})
-			e := newEndpoint(t, first.addr())
+			e := newEndpoint(t, first.Addr())
 			a := open(t, Options{Target: Target{Addr: e.addr(), Mode: Single}, Worth: Worth{Replicas: 1, Timeout: time.Second}, Require: Level{rankReplicas, 1}})
 
 			ctx, stop := context.WithCancel(t.Context())
@@ -131,7 +133,7 @@ func TestFailover(t *testing.T) {
 			more := func(n int64) {
 				t.Helper()
 				from := confirmed.Load()
-				until(t, 30*time.Second, "more publishes", func() error {
+				redistest.Until(t, 30*time.Second, "more publishes", func() error {
 					if got := confirmed.Load() - from; got < n {
 						return fmt.Errorf("%d so far; outcomes %v", got, func() map[int]int {
 							mu.Lock()
@@ -147,21 +149,21 @@ func TestFailover(t *testing.T) {
 				})
 			}
 			more(200)
-			addr := second.addr()
+			addr := second.Addr()
 			switch how {
 			case "the primary dies":
-				first.kill()
-				second.do("REPLICAOF", "NO", "ONE")
+				first.Kill()
+				second.Do("REPLICAOF", "NO", "ONE")
 				e.primary.Store(&addr)
 				// A third server takes the replica's place, or WAIT would never be satisfied again.
-				startRedis(t, "--replicaof", "127.0.0.1 "+strconv.Itoa(second.port))
+				redistest.Start(t, "--replicaof", "127.0.0.1 "+strconv.Itoa(second.Port))
 			case "the primary becomes a replica":
-				first.do("CLIENT", "PAUSE", "300", "WRITE")
+				first.Do("CLIENT", "PAUSE", "300", "WRITE")
 				time300 := time.NewTimer(50 * time.Millisecond) // what was written before is on its way
 				<-time300.C
-				second.do("REPLICAOF", "NO", "ONE")
+				second.Do("REPLICAOF", "NO", "ONE")
 				e.primary.Store(&addr)
-				first.do("REPLICAOF", "127.0.0.1", strconv.Itoa(second.port))
+				first.Do("REPLICAOF", "127.0.0.1", strconv.Itoa(second.Port))
 			case "the network is cut":
 				e.cut()
 			}
@@ -199,27 +201,27 @@ func TestFailover(t *testing.T) {
 
 // TestCluster runs on three shards and moves a slot while messages pass.
 func TestCluster(t *testing.T) {
-	var nodes []*redis
+	var nodes []*redistest.Server
 	for range 3 {
-		nodes = append(nodes, startRedis(t, "--cluster-enabled", "yes", "--cluster-node-timeout", "2000"))
+		nodes = append(nodes, redistest.Start(t, "--cluster-enabled", "yes", "--cluster-node-timeout", "2000"))
 	}
 	ranges := [][2]int{{0, 5460}, {5461, 10922}, {10923, 16383}}
 	for i, n := range nodes {
-		n.do("CLUSTER", "ADDSLOTSRANGE", strconv.Itoa(ranges[i][0]), strconv.Itoa(ranges[i][1]))
-		n.do("CLUSTER", "SET-CONFIG-EPOCH", strconv.Itoa(i+1))
+		n.Do("CLUSTER", "ADDSLOTSRANGE", strconv.Itoa(ranges[i][0]), strconv.Itoa(ranges[i][1]))
+		n.Do("CLUSTER", "SET-CONFIG-EPOCH", strconv.Itoa(i+1))
 		if i > 0 {
-			n.do("CLUSTER", "MEET", "127.0.0.1", strconv.Itoa(nodes[0].port))
+			n.Do("CLUSTER", "MEET", "127.0.0.1", strconv.Itoa(nodes[0].Port))
 		}
 	}
-	until(t, 30*time.Second, "the cluster", func() error {
+	redistest.Until(t, 30*time.Second, "the cluster", func() error {
 		for _, n := range nodes {
-			if info := n.do("CLUSTER", "INFO"); !strings.Contains(info, "cluster_state:ok") || !strings.Contains(info, "cluster_known_nodes:3") {
+			if info := n.Do("CLUSTER", "INFO"); !strings.Contains(info, "cluster_state:ok") || !strings.Contains(info, "cluster_known_nodes:3") {
 				return fmt.Errorf("%s", info)
 			}
 		}
 		return nil
 	})
-	a := open(t, Options{Target: Target{Addr: nodes[0].addr()}})
+	a := open(t, Options{Target: Target{Addr: nodes[0].Addr()}})
 	if got := a.g.Report().Mode; got != Cluster {
 		t.Fatalf("mode %s", got)
 	}
@@ -229,7 +231,7 @@ func TestCluster(t *testing.T) {
 		a.ack(204, topic, "g", a.one(topic, "g", "x").Receipt)
 	}
 
-	slot := nodes[0].do("CLUSTER", "KEYSLOT", "t")
+	slot := nodes[0].Do("CLUSTER", "KEYSLOT", "t")
 	n, _ := strconv.Atoi(slot)
 	from, to := nodes[0], nodes[1]
 	for i, r := range ranges {
@@ -237,7 +239,7 @@ func TestCluster(t *testing.T) {
 			from, to = nodes[i], nodes[(i+1)%3]
 		}
 	}
-	fromID, toID := from.do("CLUSTER", "MYID"), to.do("CLUSTER", "MYID")
+	fromID, toID := from.Do("CLUSTER", "MYID"), to.Do("CLUSTER", "MYID")
 	sent := 0
 	send := func(count int) {
 		for range count {
@@ -246,23 +248,23 @@ func TestCluster(t *testing.T) {
 		}
 	}
 	send(50)
-	to.do("CLUSTER", "SETSLOT", slot, "IMPORTING", fromID)
-	from.do("CLUSTER", "SETSLOT", slot, "MIGRATING", toID)
+	to.Do("CLUSTER", "SETSLOT", slot, "IMPORTING", fromID)
+	from.Do("CLUSTER", "SETSLOT", slot, "MIGRATING", toID)
 	send(20)
 	// While the topic's keys are on their way, some here and some there, scripts have to wait for the rest.
 	held := make(chan message, 1)
 	go func() { held <- a.one("t", "g", "0") }()
 	for {
-		keys := strings.Fields(from.do("CLUSTER", "GETKEYSINSLOT", slot, "100"))
+		keys := strings.Fields(from.Do("CLUSTER", "GETKEYSINSLOT", slot, "100"))
 		if len(keys) == 0 {
 			break
 		}
 		for _, k := range keys {
-			from.do("MIGRATE", "127.0.0.1", strconv.Itoa(to.port), k, "0", "5000")
+			from.Do("MIGRATE", "127.0.0.1", strconv.Itoa(to.Port), k, "0", "5000")
 		}
 	}
-	for _, node := range []*redis{to, from} {
-		node.do("CLUSTER", "SETSLOT", slot, "NODE", toID)
+	for _, node := range []*redistest.Server{to, from} {
+		node.Do("CLUSTER", "SETSLOT", slot, "NODE", toID)
 	}
 	send(30)
 	a.ack(204, "t", "g", (<-held).Receipt)
@@ -285,14 +287,12 @@ func TestCluster(t *testing.T) {
 // TestTLSAndUsers connects by TLS with a CA of its own as an ACL user, whose password then changes.
 func TestTLSAndUsers(t *testing.T) {
 	ca, cert, key := certificates(t)
-	port := freePort(t)
-	r := &redis{t: t, port: port, dir: t.TempDir(), tls: true, args: []string{
-		"--tls-cert-file", cert, "--tls-key-file", key, "--tls-ca-cert-file", ca, "--tls-auth-clients", "no",
-		"--user", "default", "off", "--user", "app", "on", ">secret", "~*", "&*", "+@all",
-	}}
-	r.start()
-	t.Cleanup(r.kill)
-	url := fmt.Sprintf("rediss://app:secret@localhost:%d", port)
+	r := redistest.New(t, "--tls-cert-file", cert, "--tls-key-file", key, "--tls-ca-cert-file", ca, "--tls-auth-clients", "no",
+		"--user", "default", "off", "--user", "app", "on", ">secret", "~*", "&*", "+@all")
+	r.TLS = true
+	r.Run()
+	t.Cleanup(r.Kill)
+	url := fmt.Sprintf("rediss://app:secret@localhost:%d", r.Port)
 	target, err := ParseTarget(url, ca)
 	if err != nil {
 		t.Fatal(err)

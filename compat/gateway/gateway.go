@@ -43,7 +43,7 @@ type Options struct {
 type Gateway struct {
 	o        Options
 	log      hclog.Logger
-	up       *upstream
+	up       *Upstream
 	found    Report
 	secret   []byte
 	waits    waits
@@ -68,14 +68,14 @@ func Open(ctx context.Context, o Options) (*Gateway, error) {
 	if o.Worth.Timeout <= 0 {
 		o.Worth.Timeout = 5 * time.Second
 	}
-	up, err := newUpstream(o.Target, o.Logger)
+	up, err := Connect(o.Target, o.Logger)
 	if err != nil {
 		return nil, err
 	}
 	g := &Gateway{o: o, log: o.Logger, up: up}
 	g.ctx, g.stop = context.WithCancel(context.Background())
 	if g.metrics, err = newMetrics(o.Registerer, g); err != nil {
-		up.close()
+		up.Close()
 		return nil, err
 	}
 	g.found, err = probe(ctx, up.current.Load().Client, o.Target, o.Worth)
@@ -87,7 +87,7 @@ func Open(ctx context.Context, o Options) (*Gateway, error) {
 	}
 	if err != nil {
 		g.stop()
-		up.close()
+		up.Close()
 		return nil, err
 	}
 	g.waits.init(g)
@@ -113,7 +113,7 @@ func (g *Gateway) Close() error {
 	g.waits.close()
 	g.lanes.close()
 	g.group.Wait()
-	g.up.close()
+	g.up.Close()
 	return nil
 }
 

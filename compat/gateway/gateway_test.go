@@ -11,6 +11,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"tercet.dev/tercet/compat/gateway/internal/redistest"
 )
 
 // message is a received message as the NDJSON form has it.
@@ -102,8 +104,8 @@ func (a *api) byID(topic, group, id string, headers ...string) answer {
 
 // TestQueue goes through the protocol on one server.
 func TestQueue(t *testing.T) {
-	r := startRedis(t)
-	a := open(t, Options{Target: Target{Addr: r.addr()}})
+	r := redistest.Start(t)
+	a := open(t, Options{Target: Target{Addr: r.Addr()}})
 
 	t.Run("send, receive, acknowledge", func(t *testing.T) {
 		a := a.in(t)
@@ -260,13 +262,13 @@ func TestQueue(t *testing.T) {
 		a := a.in(t)
 		got := make(chan []message, 1)
 		go func() { got <- a.receive("wait", "g", "Tercet-Wait-Seconds", "60") }()
-		until(t, 10*time.Second, "the receive to wait", func() error {
-			if !strings.Contains(r.do("CLIENT", "LIST"), "cmd=xread") {
+		redistest.Until(t, 10*time.Second, "the receive to wait", func() error {
+			if !strings.Contains(r.Do("CLIENT", "LIST"), "cmd=xread") {
 				return fmt.Errorf("no blocked client")
 			}
 			return nil
 		})
-		r.do("XADD", "wait", "*", "name", "Ada", "n", "1") // another program's entry
+		r.Do("XADD", "wait", "*", "name", "Ada", "n", "1") // another program's entry
 		ms := <-got
 		if len(ms) != 1 || string(ms[0].Body) != `{"name":"Ada","n":"1"}` || ms[0].Type != "application/json" {
 			t.Errorf("received %+v", ms)
@@ -274,7 +276,7 @@ func TestQueue(t *testing.T) {
 	})
 	t.Run("entries that are no text", func(t *testing.T) {
 		a := a.in(t)
-		c := r.client()
+		c := r.Client()
 		if err := c.Do(t.Context(), c.B().Arbitrary("XADD").Keys("binary").Args("*", "a", "\xff", "a", "2").Build()).Error(); err != nil {
 			t.Fatal(err)
 		}
@@ -284,17 +286,17 @@ func TestQueue(t *testing.T) {
 		a := a.in(t)
 		id := a.send("native", "x")
 		a.none("native", "g", "Vqs-Cursor-Fallback", "latest")
-		r.do("XGROUP", "SETID", "native", "g", "0")
-		r.do("XREADGROUP", "GROUP", "g", "someone", "STREAMS", "native", ">")
+		r.Do("XGROUP", "SETID", "native", "g", "0")
+		r.Do("XREADGROUP", "GROUP", "g", "someone", "STREAMS", "native", ">")
 		a.none("native", "g")
 		a.status(409, a.byID("native", "g", id))
-		if got := r.do("XPENDING", "native", "g"); !strings.Contains(got, "someone") {
+		if got := r.Do("XPENDING", "native", "g"); !strings.Contains(got, "someone") {
 			t.Errorf("pending: %s", got)
 		}
 	})
 	t.Run("a key that is no stream", func(t *testing.T) {
 		a := a.in(t)
-		r.do("SET", "text", "x")
+		r.Do("SET", "text", "x")
 		a.status(409, a.call("POST", "/api/v3/topic/text", "x"))
 	})
 	t.Run("expiry", func(t *testing.T) {
@@ -302,16 +304,16 @@ func TestQueue(t *testing.T) {
 		id := a.send("gone", "x")
 		a.send("gone", "y")
 		// The entry is written anew with an expiry in the past: retentions are a minute at least.
-		entry := strings.Fields(r.do("XRANGE", "gone", "-", "+", "COUNT", "1"))[0]
-		r.do("DEL", "gone")
-		r.do("XADD", "gone", entry, "body", "x", "content-type", "text/plain", "tercet-expires", "1000")
+		entry := strings.Fields(r.Do("XRANGE", "gone", "-", "+", "COUNT", "1"))[0]
+		r.Do("DEL", "gone")
+		r.Do("XADD", "gone", entry, "body", "x", "content-type", "text/plain", "tercet-expires", "1000")
 		a.send("gone", "y")
 		a.one("gone", "g", "y")
 		a.status(404, a.byID("gone", "g", id))
 		if err := a.g.sweepTopic(t.Context(), "gone"); err != nil {
 			t.Fatal(err)
 		}
-		if n := r.do("XLEN", "gone"); n != "1" {
+		if n := r.Do("XLEN", "gone"); n != "1" {
 			t.Errorf("%s entries are left, want 1", n)
 		}
 	})
@@ -326,14 +328,14 @@ func (a *api) in(t *testing.T) *api {
 
 // TestMaxDeliveries parks a message that fails too often.
 func TestMaxDeliveries(t *testing.T) {
-	r := startRedis(t)
-	a := open(t, Options{Target: Target{Addr: r.addr()}, MaxDeliveries: 2, Park: true})
+	r := redistest.Start(t)
+	a := open(t, Options{Target: Target{Addr: r.Addr()}, MaxDeliveries: 2, Park: true})
 	a.send("t", "bad")
 	for range 2 {
 		a.extend(200, "t", "g", a.one("t", "g", "bad").Receipt, 0)
 	}
 	a.none("t", "g")
-	if got := r.do("ZCARD", "{t}:tercet:group:g:parked"); got != "1" {
+	if got := r.Do("ZCARD", "{t}:tercet:group:g:parked"); got != "1" {
 		t.Errorf("%s messages are parked", got)
 	}
 }
@@ -346,8 +348,8 @@ func TestTwoGateways(t *testing.T) {
 		seed, _ = strconv.ParseUint(s, 10, 64)
 	}
 	t.Logf("seed: TERCET_SEED=%d", seed)
-	r := startRedis(t)
-	gates := []*api{open(t, Options{Target: Target{Addr: r.addr()}}), open(t, Options{Target: Target{Addr: r.addr()}})}
+	r := redistest.Start(t)
+	gates := []*api{open(t, Options{Target: Target{Addr: r.Addr()}}), open(t, Options{Target: Target{Addr: r.Addr()}})}
 	const messages, consumers = 300, 8
 	type lease struct{ from, until time.Time }
 	var mu sync.Mutex

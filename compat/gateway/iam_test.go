@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/credentials"
+
+	"tercet.dev/tercet/compat/gateway/internal/redistest"
 )
 
 // sign computes a SigV4 query signature by the algorithm's published steps, with nothing of the SDK: the canonical
@@ -221,7 +223,7 @@ func readCommand(r *bufio.Reader) ([]string, error) {
 
 // TestIAMLogin logs in with tokens, anew on live connections, and after the service refused one that was too old.
 func TestIAMLogin(t *testing.T) {
-	s := newIAMServer(t, startRedis(t).addr())
+	s := newIAMServer(t, redistest.Start(t).Addr())
 	clock := func() time.Time { return time.Unix(s.now.Load(), 0) }
 	iam := &IAM{Cache: "my-cache", User: "app", Region: "eu-central-1", Now: clock, relogin: 50 * time.Millisecond,
 		Credentials: credentials.NewStaticCredentialsProvider(accessKey, secretKid, "")}
@@ -231,7 +233,7 @@ func TestIAMLogin(t *testing.T) {
 	if before == 0 {
 		t.Fatal("nobody logged in")
 	}
-	until(t, 20*time.Second, "a login on a live connection", func() error {
+	redistest.Until(t, 20*time.Second, "a login on a live connection", func() error {
 		a.send("t", "more")
 		if s.logins.Load() == before {
 			return fmt.Errorf("still %d logins", before)
@@ -241,7 +243,7 @@ func TestIAMLogin(t *testing.T) {
 	// Hours later, everything is cut: new connections need new tokens, and get them.
 	s.now.Add(13 * 3600)
 	s.cut()
-	until(t, 20*time.Second, "a publish on new connections", func() error {
+	redistest.Until(t, 20*time.Second, "a publish on new connections", func() error {
 		if r := a.call("POST", "/api/v3/topic/t", "later"); r.status != 201 {
 			return fmt.Errorf("%d %s", r.status, r.body)
 		}

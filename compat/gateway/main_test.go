@@ -3,20 +3,13 @@ package gateway
 import (
 	"bytes"
 	"context"
-	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/http/httptest"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/hashicorp/go-hclog"
-	"github.com/valkey-io/valkey-go"
 	"go.uber.org/goleak"
 
 	"tercet.dev/tercet/server"
@@ -25,132 +18,6 @@ import (
 func TestMain(m *testing.M) {
 	// The client refreshes its view of a cluster at most once a second, and sleeps through Close.
 	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("github.com/valkey-io/valkey-go.(*call).DelayDo.func1"))
-}
-
-// redis is a real redis-server.
-type redis struct {
-	t    *testing.T
-	port int
-	dir  string
-	args []string
-	cmd  *exec.Cmd
-	tls  bool
-}
-
-// startRedis starts a redis-server on a free port of the loopback and waits until it answers.
-func startRedis(t *testing.T, args ...string) *redis {
-	t.Helper()
-	r := &redis{t: t, port: freePort(t), dir: t.TempDir(), args: args}
-	r.start()
-	t.Cleanup(r.kill)
-	return r
-}
-
-func freePort(t *testing.T) int {
-	t.Helper()
-	for {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		port := l.Addr().(*net.TCPAddr).Port
-		l.Close()
-		if port < 55000 { // a cluster's bus is 10000 above
-			return port
-		}
-	}
-}
-
-func (r *redis) addr() string { return fmt.Sprintf("127.0.0.1:%d", r.port) }
-
-func (r *redis) start() {
-	r.t.Helper()
-	path, err := exec.LookPath("redis-server")
-	if err != nil {
-		r.t.Fatal("redis-server is needed: apt-get install redis-server")
-	}
-	port := []string{"--port", fmt.Sprint(r.port)}
-	if r.tls {
-		port = []string{"--port", "0", "--tls-port", fmt.Sprint(r.port)}
-	}
-	args := append(port, "--bind", "127.0.0.1", "--dir", r.dir, "--save", "", "--daemonize", "no", "--logfile", filepath.Join(r.dir, "log"),
-		"--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1")
-	r.cmd = exec.Command(path, append(args, r.args...)...)
-	if err := r.cmd.Start(); err != nil {
-		r.t.Fatal(err)
-	}
-	until(r.t, 20*time.Second, "redis-server on "+r.addr(), func() error {
-		c, err := net.Dial("tcp", r.addr())
-		if err != nil {
-			return err
-		}
-		defer c.Close()
-		if r.tls {
-			return nil
-		}
-		c.SetDeadline(time.Now().Add(time.Second))
-		fmt.Fprint(c, "PING\r\n")
-		answer := make([]byte, 64)
-		n, err := c.Read(answer)
-		if err != nil || !strings.HasPrefix(string(answer[:n]), "+PONG") && !strings.HasPrefix(string(answer[:n]), "-NOAUTH") {
-			return fmt.Errorf("%q %v", answer[:n], err)
-		}
-		return nil
-	})
-}
-
-func (r *redis) kill() {
-	if r.cmd != nil {
-		r.cmd.Process.Kill()
-		r.cmd.Wait()
-		r.cmd = nil
-	}
-	if r.t.Failed() {
-		if log, err := os.ReadFile(filepath.Join(r.dir, "log")); err == nil {
-			lines := strings.Split(strings.TrimSpace(string(log)), "\n")
-			r.t.Logf("end of the log of %s:\n%s", r.addr(), strings.Join(lines[max(0, len(lines)-10):], "\n"))
-		}
-	}
-}
-
-// do runs commands on the server.
-func (r *redis) do(args ...string) string {
-	r.t.Helper()
-	out, err := exec.Command("redis-cli", append([]string{"-p", fmt.Sprint(r.port)}, args...)...).CombinedOutput()
-	if err != nil {
-		r.t.Fatalf("redis-cli %v: %v: %s", args, err, out)
-	}
-	return strings.TrimSpace(string(out))
-}
-
-// client is a client of the server's own.
-func (r *redis) client() valkey.Client {
-	r.t.Helper()
-	c, err := valkey.NewClient(valkey.ClientOption{InitAddress: []string{r.addr()}, ForceSingleClient: true, DisableCache: true})
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	r.t.Cleanup(c.Close)
-	return c
-}
-
-// until calls f until it succeeds.
-func until(t *testing.T, limit time.Duration, what string, f func() error) {
-	t.Helper()
-	deadline := time.After(limit)
-	tick := time.NewTicker(10 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		err := f()
-		if err == nil {
-			return
-		}
-		select {
-		case <-deadline:
-			t.Fatalf("%s: not within %s: %v", what, limit, err)
-		case <-tick.C:
-		}
-	}
 }
 
 // open opens a gateway on the target with an HTTP server in front of it.

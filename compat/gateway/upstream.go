@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/url"
 	"os"
@@ -170,9 +171,9 @@ func (t Target) Dial() (valkey.Client, error) {
 	return c, nil
 }
 
-// upstream holds the client and replaces it when the primary has moved: the address is a name, and only a new
+// Upstream holds the client and replaces it when the primary has moved: the address is a name, and only a new
 // connection follows it. It is safe for concurrent use.
-type upstream struct {
+type Upstream struct {
 	target   Target
 	log      hclog.Logger
 	current  atomic.Pointer[clientRef]
@@ -203,12 +204,13 @@ func (r *clientRef) use(f func(valkey.Client) error) error {
 	return f(r.Client)
 }
 
-func newUpstream(t Target, log hclog.Logger) (*upstream, error) {
+// Connect dials a target.
+func Connect(t Target, log hclog.Logger) (*Upstream, error) {
 	c, err := t.Dial()
 	if err != nil {
 		return nil, err
 	}
-	u := &upstream{target: t, log: log}
+	u := &Upstream{target: t, log: log}
 	u.current.Store(&clientRef{Client: c, since: time.Now()})
 	return u, nil
 }
@@ -217,7 +219,7 @@ func newUpstream(t Target, log hclog.Logger) (*upstream, error) {
 const redialEvery = 200 * time.Millisecond
 
 // replace dials anew unless somebody else has since old was handed out.
-func (u *upstream) replace(old *clientRef, why error) error {
+func (u *Upstream) replace(old *clientRef, why error) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if u.closed {
@@ -240,7 +242,8 @@ func (u *upstream) replace(old *clientRef, why error) error {
 	return nil
 }
 
-func (u *upstream) close() {
+// Close disconnects once the calls that run have returned.
+func (u *Upstream) Close() {
 	u.mu.Lock()
 	first := !u.closed
 	u.closed = true
@@ -281,9 +284,26 @@ func refusedLogin(err error) bool {
 	return ok && (strings.HasPrefix(ve.Error(), "WRONGPASS") || strings.HasPrefix(ve.Error(), "NOAUTH"))
 }
 
+// Use runs f once with the present client. When f says that the connection broke, or that the server is not the one to
+// write to any more, the next call has a new client.
+func (u *Upstream) Use(f func(valkey.Client) error) error {
+	ref := u.current.Load()
+	err := ref.use(f)
+	if err != nil && !valkey.IsValkeyNil(err) && (moved(err) && !passing(err) || refusedLogin(err) || broken(err)) {
+		u.replaceQuietly(ref, err)
+	}
+	return err
+}
+
+// broken reports whether an error came from the connection.
+func broken(err error) bool {
+	var ne net.Error
+	return errors.As(err, &ne) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, valkey.ErrClosing)
+}
+
 // call runs f until it succeeds, is refused for good, or ctx ends. A refusal that did nothing (moved, no connection)
 // is repeated on a new client. repeatable says that f may be repeated even when the connection broke while it ran.
-func (u *upstream) call(ctx context.Context, repeatable bool, f func(valkey.Client) error) error {
+func (u *Upstream) call(ctx context.Context, repeatable bool, f func(valkey.Client) error) error {
 	delay := 20 * time.Millisecond
 	for {
 		ref := u.current.Load()
@@ -316,13 +336,13 @@ func (u *upstream) call(ctx context.Context, repeatable bool, f func(valkey.Clie
 	}
 }
 
-func (u *upstream) replaceQuietly(ref *clientRef, why error) {
+func (u *Upstream) replaceQuietly(ref *clientRef, why error) {
 	if err := u.replace(ref, why); err != nil {
 		u.log.Debug("cannot dial the upstream", "upstream", u.target.String(), "error", err)
 	}
 }
 
-func (u *upstream) isClosed() bool {
+func (u *Upstream) isClosed() bool {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	return u.closed
@@ -348,7 +368,7 @@ func isServerError(err error) bool {
 }
 
 // serverError words a refusal by the server.
-func (u *upstream) serverError(err error) error {
+func (u *Upstream) serverError(err error) error {
 	text := err.Error()
 	switch {
 	case strings.HasPrefix(text, "OOM"):

@@ -1,0 +1,280 @@
+package bridge
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/valkey-io/valkey-go"
+	"go.uber.org/goleak"
+
+	"tercet.dev/tercet/compat/gateway"
+	"tercet.dev/tercet/compat/gateway/internal/redistest"
+)
+
+// The test binary is also the bridge process that tests kill.
+const childEnv = "TERCET_TEST_BRIDGE"
+
+func TestMain(m *testing.M) {
+	if args := os.Getenv(childEnv); args != "" {
+		from, to, _ := strings.Cut(args, ",")
+		b, err := Open(context.Background(), Options{
+			From: gateway.Target{Addr: from, Mode: gateway.Single}, To: gateway.Target{Addr: to, Mode: gateway.Single},
+			Stream: "orders", BatchEntries: 100, Groups: true,
+		})
+		if err == nil {
+			err = b.Run(context.Background(), true)
+		}
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	goleak.VerifyTestMain(m)
+}
+
+func target(s *redistest.Server) gateway.Target {
+	return gateway.Target{Addr: s.Addr(), Mode: gateway.Single}
+}
+
+func seed(t *testing.T) *rand.Rand {
+	n := uint64(time.Now().UnixNano())
+	if s := os.Getenv("TERCET_SEED"); s != "" {
+		n, _ = strconv.ParseUint(s, 10, 64)
+	}
+	t.Logf("seed: TERCET_SEED=%d", n)
+	return rand.New(rand.NewPCG(n, 0))
+}
+
+// fill appends entries in pipelines.
+func fill(t *testing.T, c valkey.Client, stream string, from, n int) {
+	t.Helper()
+	for n > 0 {
+		k := min(n, 1000)
+		cmds := make([]valkey.Completed, k)
+		for i := range cmds {
+			cmds[i] = c.B().Xadd().Key(stream).Id("*").FieldValue().FieldValue("n", strconv.Itoa(from+i)).FieldValue("text", "entry "+strconv.Itoa(from+i)).Build()
+		}
+		for _, r := range c.DoMulti(t.Context(), cmds...) {
+			if err := r.Error(); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+		from, n = from+k, n-k
+	}
+}
+
+func equal(t *testing.T, b *Bridge, entries int64) {
+	t.Helper()
+	c, err := b.Verify(t.Context(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !c.Equal() || c.Source != entries || c.Copy != entries {
+		t.Fatalf("compared: %+v, want %d equal entries", c, entries)
+	}
+}
+
+func TestBackfillAndWayBack(t *testing.T) {
+	from, to := redistest.Start(t), redistest.Start(t)
+	source, copied := from.Client(), to.Client()
+	fill(t, source, "orders", 0, 12345)
+	from.Do("XADD", "orders", "*", "binary", "\x01\xfe", "twice", "1", "twice", "2")
+	from.Do("XGROUP", "CREATE", "orders", "billing", "0")
+	from.Do("XGROUP", "CREATE", "orders", "idle", "$")
+	from.Do("XREADGROUP", "GROUP", "billing", "alice", "COUNT", "1500", "STREAMS", "orders", ">")
+	from.Do("XREADGROUP", "GROUP", "billing", "bob", "COUNT", "10", "STREAMS", "orders", ">")
+
+	b, err := Open(t.Context(), Options{From: target(from), To: target(to), Stream: "orders", Groups: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	var told Progress
+	b.o.Progress = func(p Progress) { told = p }
+	if err := b.Run(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	if told.Copied != 12346 || told.Lag != 0 || !told.Following {
+		t.Errorf("progress %+v", told)
+	}
+	equal(t, b, 12346)
+	same := func(args ...string) {
+		t.Helper()
+		a, b := from.Do(args...), to.Do(args...)
+		if a != b {
+			t.Errorf("%v: source %q, copy %q", args, a, b)
+		}
+	}
+	same("XPENDING", "orders", "billing")
+	same("XINFO", "GROUPS", "orders")
+
+	// An acknowledgement and a claim at the source are carried along by the next run.
+	first := strings.Fields(from.Do("XPENDING", "orders", "billing", "-", "+", "1"))[0]
+	from.Do("XACK", "orders", "billing", first)
+	second := strings.Fields(from.Do("XPENDING", "orders", "billing", "-", "+", "1"))[0]
+	from.Do("XCLAIM", "orders", "billing", "carol", "0", second)
+	fill(t, source, "orders", 12345, 100)
+	if err := b.Run(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	equal(t, b, 12446)
+	same("XPENDING", "orders", "billing")
+
+	// The way back: the clients have switched, the copy goes on, and the source becomes its copy.
+	b.Close()
+	fill(t, copied, "orders", 12445, 50)
+	back, err := Open(t.Context(), Options{From: target(to), To: target(from), Stream: "orders", Groups: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer back.Close()
+	if err := back.Run(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	equal(t, back, 12496)
+
+	// A stream of something else is not overwritten.
+	to.Do("XADD", "other", "1-1", "a", "b")
+	from.Do("XADD", "other", "2-1", "a", "b")
+	if b, err := Open(t.Context(), Options{From: target(from), To: target(to), Stream: "other"}); err == nil {
+		b.Close()
+		t.Error("a stream with foreign entries was taken for a copy")
+	}
+}
+
+// TestVerifyFinds shows that the comparison sees what differs.
+func TestVerifyFinds(t *testing.T) {
+	from, to := redistest.Start(t), redistest.Start(t)
+	fill(t, from.Client(), "orders", 0, 3000)
+	b, err := Open(t.Context(), Options{From: target(from), To: target(to), Stream: "orders"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	if err := b.Run(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	equal(t, b, 3000)
+	ids := strings.Fields(to.Do("XRANGE", "orders", "-", "+", "COUNT", "2500"))
+	id := ids[0]
+	for _, s := range ids { // an ID in the middle
+		if strings.Count(s, "-") == 1 && strings.Trim(s, "0123456789-") == "" {
+			id = s
+		}
+	}
+	to.Do("XDEL", "orders", id)
+	if c, err := b.Verify(t.Context(), nil); err != nil || c.Missing != 1 || c.FirstDifference != id {
+		t.Errorf("a missing entry %s: %+v %v", id, c, err)
+	}
+	from.Do("XDEL", "orders", id)
+	equal(t, b, 2999)
+	from.Do("XDEL", "orders", strings.Fields(from.Do("XRANGE", "orders", "-", "+", "COUNT", "1"))[0])
+	if c, err := b.Verify(t.Context(), nil); err != nil || c.Foreign != 1 {
+		t.Errorf("a foreign entry: %+v %v", c, err)
+	}
+}
+
+// TestKilled kills the bridge process again and again while the source grows: the copy has every entry once.
+func TestKilled(t *testing.T) {
+	rnd := seed(t)
+	total, kills := 20_000, 8
+	if os.Getenv("TERCET_CAMPAIGN") != "" {
+		total, kills = 1_000_000, 40
+	}
+	from, to := redistest.Start(t), redistest.Start(t)
+	source, copied := from.Client(), to.Client()
+	fill(t, source, "orders", 0, total/2)
+	from.Do("XGROUP", "CREATE", "orders", "billing", "0")
+	filled := make(chan struct{})
+	go func() {
+		defer close(filled)
+		for n := total / 2; n < total; n += 500 {
+			fill(t, source, "orders", n, min(500, total-n))
+		}
+	}()
+	length := func() int64 {
+		n, err := copied.Do(t.Context(), copied.B().Xlen().Key("orders").Build()).AsInt64()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	for range kills {
+		cmd := exec.Command(os.Args[0])
+		cmd.Env = append(os.Environ(), childEnv+"="+from.Addr()+","+to.Addr())
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		// It is killed in the middle of its work: after a random number of entries more.
+		goal := min(length()+1+rnd.Int64N(int64(total/kills)), int64(total))
+		redistest.Until(t, 60*time.Second, "the bridge to go on", func() error {
+			if n := length(); n < goal {
+				return fmt.Errorf("%d of %d", n, goal)
+			}
+			return nil
+		})
+		cmd.Process.Kill()
+		cmd.Wait()
+	}
+	<-filled
+	b, err := Open(t.Context(), Options{From: target(from), To: target(to), Stream: "orders", Groups: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	before := b.copied
+	if err := b.Run(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	equal(t, b, int64(total))
+	if b.copied != int64(total) {
+		t.Errorf("the record counts %d entries, %d were copied", b.copied, total)
+	}
+	t.Logf("%d entries, %d kills, %d of them copied by the last bridge", total, kills, b.copied-before)
+}
+
+// TestTwoBridges lets two bridges write one copy: one of them gives up, and the copy is right.
+func TestTwoBridges(t *testing.T) {
+	from, to := redistest.Start(t), redistest.Start(t)
+	fill(t, from.Client(), "orders", 0, 20_000)
+	results := make(chan error, 2)
+	var bridges []*Bridge
+	for range 2 {
+		b, err := Open(t.Context(), Options{From: target(from), To: target(to), Stream: "orders", BatchEntries: 50})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer b.Close()
+		bridges = append(bridges, b)
+	}
+	for _, b := range bridges {
+		go func() { results <- b.Run(t.Context(), false) }()
+	}
+	elsewhere := 0
+	for range bridges {
+		if err := <-results; errors.Is(err, errElsewhere) {
+			elsewhere++
+		} else if err != nil {
+			t.Error(err)
+		}
+	}
+	if elsewhere > 1 {
+		t.Error("both bridges gave up")
+	}
+	last, err := Open(t.Context(), Options{From: target(from), To: target(to), Stream: "orders"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer last.Close()
+	if err := last.Run(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	equal(t, last, 20_000)
+}
