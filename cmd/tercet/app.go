@@ -90,7 +90,7 @@ Exit codes: 0 ok, 1 failure, 2 usage, 3 not found, 4 precondition, 5 unavailable
 		&cobra.Group{ID: groupDiagnose, Title: "Diagnose:"},
 	)
 	root.AddCommand(
-		a.devCommand(), a.serverCommand(),
+		a.devCommand(), a.serverCommand(), a.gatewayCommand(), a.bridgeCommand(),
 		a.sendCommand(), a.receiveCommand(), a.ackCommand(), a.releaseCommand(), a.extendCommand(), a.peekCommand(), a.tailCommand(),
 		a.clusterCommand(), a.tokenCommand(),
 		a.benchCommand(),

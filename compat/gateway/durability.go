@@ -117,8 +117,8 @@ type Report struct {
 	clockAhead time.Duration // the server's clock, less this process's
 }
 
-// allows refuses an upstream with problems, or one below a level.
-func (r Report) allows(want Level) error {
+// Allows refuses an upstream with problems, or one below a level.
+func (r Report) Allows(want Level) error {
 	if len(r.Problems) > 0 {
 		return fmt.Errorf("the upstream does not fit: %s", strings.Join(r.Problems, "; "))
 	}

@@ -80,7 +80,7 @@ func Open(ctx context.Context, o Options) (*Gateway, error) {
 	}
 	g.found, err = probe(ctx, up.current.Load().Client, o.Target, o.Worth)
 	if err == nil {
-		err = g.found.allows(o.Require)
+		err = g.found.Allows(o.Require)
 	}
 	if err == nil {
 		g.secret, err = g.sharedSecret(ctx)

@@ -144,4 +144,3 @@ func Until(t *testing.T, limit time.Duration, what string, f func() error) {
 		}
 	}
 }
-
