@@ -151,9 +151,13 @@ func (s *headerSetter) set(name, value string) {
 // published sets the headers that say where a publish is, and leaves room for more.
 func (x *exchange) published(reply raft.Reply, more int) headerSetter {
 	out := headerSetter{h: x.w.Header(), values: make([]string, 0, 3+more)}
-	out.set(wire.HeaderZones, strconv.Itoa(reply.Zones))
-	out.set(wire.HeaderPosition, strconv.FormatUint(reply.Published.Index, 10))
-	out.set(wire.HeaderTerm, strconv.FormatUint(reply.Term, 10))
+	if x.s.worth != "" {
+		out.set(wire.HeaderDurability, x.s.worth)
+	} else {
+		out.set(wire.HeaderZones, strconv.Itoa(reply.Zones))
+		out.set(wire.HeaderPosition, strconv.FormatUint(reply.Published.Index, 10))
+		out.set(wire.HeaderTerm, strconv.FormatUint(reply.Term, 10))
+	}
 	x.s.metrics.published(reply.Zones, int(reply.Published.Count))
 	return out
 }

@@ -29,6 +29,9 @@ func (x *exchange) route() (handler, Access, *errs.Error) {
 	if rest, ok := strings.CutPrefix(path, topicPrefix); ok {
 		return x.routeTopic(rest, escaped)
 	}
+	if rest, ok := strings.CutPrefix(path, contactPrefix); ok && x.s.contact != nil {
+		return x.routeContact(rest)
+	}
 	if rest, ok := strings.CutPrefix(path, adminPrefix); ok {
 		return x.routeAdmin(rest, escaped)
 	}

@@ -37,6 +37,11 @@ type Options struct {
 	// Authorizer tells who makes a request. Without one everything is allowed and an Authorization header is
 	// accepted and ignored.
 	Authorizer Authorizer
+	// Contact keeps the messages of the contact-form template's routes, /api/messages/…; without it there are none.
+	Contact ContactStore
+	// Worth is what a publish is worth where it is not a matter of zones: answers say it (Tercet-Durability) instead of
+	// zones, position and term.
+	Worth string
 	// Extensions add paths below /v1.
 	Extensions []Extension
 	// PublicHosts are host names, besides IP literals and localhost, that requests may be addressed to.
@@ -148,6 +153,8 @@ type Server struct {
 	hostSeen   atomic.Pointer[string]
 	keyed      atomic.Pointer[keyed]
 	paths      adminPaths
+	contact    ContactStore
+	worth      string
 	openAPI    func() (openAPI, error)
 	tls        *tls.Config
 	virtual    bool
@@ -193,6 +200,8 @@ func New(o Options) (*Server, error) {
 		authorizer: o.Authorizer,
 		hosts:      map[string]bool{"localhost": true},
 		tls:        o.TLS,
+		contact:    o.Contact,
+		worth:      o.Worth,
 		virtual:    o.VirtualClock,
 		limits:     o.Limits,
 	}

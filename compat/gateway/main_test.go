@@ -23,12 +23,17 @@ func TestMain(m *testing.M) {
 // open opens a gateway on the target with an HTTP server in front of it.
 func open(t *testing.T, o Options) *api {
 	t.Helper()
+	return openContact(t, o, ContactOptions{})
+}
+
+func openContact(t *testing.T, o Options, contact ContactOptions) *api {
+	t.Helper()
 	o.Logger = hclog.New(&hclog.LoggerOptions{Output: testWriter{t}, Level: hclog.Info})
 	g, err := Open(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := server.New(server.Options{Backend: g})
+	s, err := server.New(server.Options{Backend: g, Contact: g.Contact(contact), Worth: g.Report().Level.String()})
 	if err != nil {
 		t.Fatal(err)
 	}
