@@ -56,6 +56,7 @@ type securityOptions struct {
 	config string // the file that auth is read from
 	files  certs.Files
 	from   authSettings
+	alone  bool // no cluster keeps further tokens
 }
 
 func (o *securityOptions) register(f *pflag.FlagSet) {
@@ -85,7 +86,7 @@ func (o *securityOptions) check() error {
 }
 
 func (o *securityOptions) options() auth.Options {
-	return auth.Options{Tokens: o.from.Tokens, Issuers: o.from.OIDC, Stored: true}
+	return auth.Options{Tokens: o.from.Tokens, Issuers: o.from.OIDC, Stored: !o.alone}
 }
 
 // authenticated reports whether requests are asked who they come from whatever the cluster's own tokens are.

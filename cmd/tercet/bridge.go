@@ -150,7 +150,7 @@ func (a *app) newBridgeView(o *bridgeOptions) *bridgeView {
 }
 
 func (v *bridgeView) serve(ctx context.Context, addr string) (func(), error) {
-	if err := checkAddress(addr, false); err != nil {
+	if err := checkAddress(addr, false, false); err != nil {
 		return nil, usageError{fmt.Errorf("--metrics: %w", err)}
 	}
 	ls, err := listenAs(ctx, "--metrics", addr)

@@ -75,6 +75,7 @@ type gatewayOptions struct {
 	maxDeliveries       int
 	park, insecure      bool
 	logFormat, logLevel string
+	security            securityOptions
 
 	contactStream, contactGroup string
 	contactTimeout              time.Duration
@@ -98,7 +99,8 @@ func (o *gatewayOptions) register(f *pflag.FlagSet) {
 	f.BoolVar(&o.insecure, "insecure", false, "allow addresses that others can reach although there is no authentication")
 	f.StringVar(&o.logFormat, "log-format", "text", "`format` of the log: text or json")
 	f.StringVar(&o.logLevel, "log-level", "info", "lowest `level` that is logged: trace, debug, info, warn or error")
-	f.String("config", "", "YAML `file` with the same names as keys; flags and environment come first")
+	o.security.register(f)
+	f.StringVar(&o.security.config, "config", "", "YAML `file` with the same names as keys; flags and environment come first")
 }
 
 func (o *gatewayOptions) registerWorth(f *pflag.FlagSet) {
@@ -164,7 +166,11 @@ func (a *app) gateway(ctx context.Context, o *gatewayOptions) error {
 	if err != nil {
 		return usageError{err}
 	}
-	if err := checkAddress(o.http, o.insecure); err != nil {
+	o.security.alone = true
+	if err := o.security.check(); err != nil {
+		return usageError{err}
+	}
+	if err := checkAddress(o.http, o.security.authenticated(), o.insecure); err != nil {
 		return usageError{fmt.Errorf("--http: %w", err)}
 	}
 	worth, level, err := o.worth()
@@ -184,6 +190,11 @@ func (a *app) gateway(ctx context.Context, o *gatewayOptions) error {
 	defer closeAll(listeners)
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	secured, err := o.security.open(log, registry)
+	if err != nil {
+		return err
+	}
+	defer secured.stop()
 	g, err := gateway.Open(ctx, gateway.Options{
 		Target: target, Worth: worth, Require: level, Consumer: o.consumer, MaxDeliveries: o.maxDeliveries, Park: o.park,
 		Version: version, Logger: log, Registerer: registry,
@@ -201,7 +212,7 @@ func (a *app) gateway(ctx context.Context, o *gatewayOptions) error {
 	srv, err := server.New(server.Options{
 		Backend: g, Version: version, Logger: log.Named("http"), Registerer: registry, Gatherer: registry, PublicHosts: o.publicHosts,
 		Contact: g.Contact(gateway.ContactOptions{Stream: o.contactStream, Group: o.contactGroup, Timeout: o.contactTimeout}),
-		Worth:   report.Level.String(),
+		Worth:   report.Level.String(), Authorizer: secured.tokens, TLS: secured.tls,
 	})
 	if err != nil {
 		return err

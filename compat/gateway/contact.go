@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"context"
+	"errors"
 	"strconv"
 	"strings"
 	"time"
@@ -185,7 +186,7 @@ func (c *Contact) Acknowledge(ctx context.Context, id string) (int, error) {
 		n, err = v.Do(ctx, v.B().Xack().Key(c.o.Stream).Group(c.o.Group).Id(id).Build()).AsInt64()
 		return err
 	})
-	if e, ok := err.(*errs.Error); ok && strings.Contains(e.Error(), "NOGROUP") {
+	if e, ok := errors.AsType[*errs.Error](err); ok && strings.Contains(e.Error(), "NOGROUP") {
 		return 0, nil
 	}
 	return int(n), err

@@ -198,7 +198,7 @@ func readCommand(r *bufio.Reader) ([]string, error) {
 	number := func(kind byte) (int, error) {
 		line, err := r.ReadString('\n')
 		if err != nil || len(line) < 4 || line[0] != kind {
-			return 0, fmt.Errorf("line %q: %v", line, err)
+			return 0, fmt.Errorf("line %q: %w", line, err)
 		}
 		return strconv.Atoi(strings.TrimSpace(line[1:]))
 	}

@@ -202,7 +202,6 @@ func (l *lanes) carry(conn *dedicated, batch []*laneJob) {
 				copies = -1
 			}
 		}
-		last--
 	} else {
 		copies, waitErr = answers[last].AsInt64()
 	}

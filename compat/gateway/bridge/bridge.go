@@ -245,7 +245,7 @@ func chain(sum uint64, es []entry) uint64 {
 	h := xxhash.New()
 	var n [8]byte
 	binary.LittleEndian.PutUint64(n[:], sum)
-	h.Write(n[:])
+	_, _ = h.Write(n[:])
 	for i := range es {
 		es[i].hashInto(h)
 	}

@@ -38,6 +38,7 @@ func Start(t *testing.T, args ...string) *Server {
 	return r
 }
 
+// FreePort returns a port that was free a moment ago, with room for a cluster's bus above it.
 func FreePort(t *testing.T) int {
 	t.Helper()
 	for {
@@ -53,8 +54,10 @@ func FreePort(t *testing.T) int {
 	}
 }
 
+// Addr is the server's host:port.
 func (r *Server) Addr() string { return fmt.Sprintf("127.0.0.1:%d", r.Port) }
 
+// Run starts the server and waits until it answers.
 func (r *Server) Run() {
 	r.t.Helper()
 	path, err := exec.LookPath("redis-server")
@@ -85,16 +88,17 @@ func (r *Server) Run() {
 		answer := make([]byte, 64)
 		n, err := c.Read(answer)
 		if err != nil || !strings.HasPrefix(string(answer[:n]), "+PONG") && !strings.HasPrefix(string(answer[:n]), "-NOAUTH") {
-			return fmt.Errorf("%q %v", answer[:n], err)
+			return fmt.Errorf("%q: %w", answer[:n], err)
 		}
 		return nil
 	})
 }
 
+// Kill ends the server at once; it may run again.
 func (r *Server) Kill() {
 	if r.cmd != nil {
-		r.cmd.Process.Kill()
-		r.cmd.Wait()
+		_ = r.cmd.Process.Kill()
+		_ = r.cmd.Wait()
 		r.cmd = nil
 	}
 	if r.t.Failed() {
