@@ -62,6 +62,9 @@ type DisruptReport struct {
 	GapBefore time.Duration `json:"gapBefore"`
 	// Longest is the longest time that a publish through another server took.
 	Longest time.Duration `json:"longest"`
+	// Timeline counts answers in steps of TimelineStep since the load began, and DisruptedAt is on it.
+	Timeline    []TimelineStep `json:"timeline"`
+	DisruptedAt time.Duration  `json:"disruptedAt"`
 	// Failed counts requests by error: at the other servers, and at the victim.
 	Failed       map[string]int64 `json:"failed"`
 	FailedVictim map[string]int64 `json:"failedVictim"`
@@ -73,6 +76,17 @@ type DisruptReport struct {
 	// StateHashes are the replicas', at the same applied index. Equal is set if they agree.
 	StateHashes map[string]string `json:"stateHashes"`
 	Equal       bool              `json:"equal"`
+}
+
+// TimelineEvery is the length of a step of a timeline.
+const TimelineEvery = 100 * time.Millisecond
+
+// TimelineStep counts the answers of a tenth of a second, those of the victim included.
+type TimelineStep struct {
+	Acknowledged int64 `json:"acknowledged"`
+	Failed       int64 `json:"failed,omitempty"`
+	// Longest is the longest time that a publish took which was acknowledged in this step.
+	Longest time.Duration `json:"longest"`
 }
 
 // signaller sends signals to processes; it is replaced in tests.
@@ -157,7 +171,7 @@ func Disrupt(ctx context.Context, s *Subject, w Workload, d Disruption) (*Disrup
 		}
 	}
 	r.NewLeader = after.Leader
-	if err := account(ctx, s, w, ledger); err != nil {
+	if err := account(ctx, s, w, "account", ledger); err != nil {
 		return r, err
 	}
 	r.Balance = ledger.Balance()
@@ -197,6 +211,8 @@ type gapWatch struct {
 	nodes  int
 	victim int
 
+	began     time.Time // of the load
+	timeline  []TimelineStep
 	last      time.Time // acknowledgement by another server
 	disrupted time.Time
 	gap       [2]time.Duration // before and after the disruption
@@ -207,7 +223,7 @@ type gapWatch struct {
 
 func newGapWatch(nodes, victim int) *gapWatch {
 	return &gapWatch{
-		nodes: nodes, victim: victim, sent: map[int]time.Time{}, failed: [2]map[string]int64{{}, {}},
+		began: time.Now(), nodes: nodes, victim: victim, sent: map[int]time.Time{}, failed: [2]map[string]int64{{}, {}},
 	}
 }
 
@@ -228,6 +244,7 @@ func (g *gapWatch) published(i int, at time.Time, err error) {
 	if err != nil {
 		g.failed[side][codeName(err)]++
 	}
+	g.step(i, at, err)
 	if side == 0 && !g.disrupted.IsZero() {
 		if sent := g.sent[i]; !sent.IsZero() {
 			g.longest = max(g.longest, at.Sub(sent))
@@ -238,6 +255,29 @@ func (g *gapWatch) published(i int, at time.Time, err error) {
 		return
 	}
 	g.close(at)
+}
+
+// timelineMax bounds a timeline: an hour.
+const timelineMax = int(time.Hour / TimelineEvery)
+
+// step enters an answer to publisher i in the timeline.
+func (g *gapWatch) step(i int, at time.Time, err error) {
+	n := int(at.Sub(g.began) / TimelineEvery)
+	if n < 0 || n >= timelineMax {
+		return
+	}
+	for len(g.timeline) <= n {
+		g.timeline = append(g.timeline, TimelineStep{})
+	}
+	step := &g.timeline[n]
+	if err != nil {
+		step.Failed++
+		return
+	}
+	step.Acknowledged++
+	if sent := g.sent[i]; !sent.IsZero() {
+		step.Longest = max(step.Longest, at.Sub(sent))
+	}
 }
 
 // close ends the gap that began with the last acknowledgement.
@@ -261,6 +301,7 @@ func (g *gapWatch) fill(r *DisruptReport, end time.Time) {
 	g.close(end)
 	r.GapBefore, r.Gap, r.Longest = g.gap[0], g.gap[1], g.longest
 	r.Failed, r.FailedVictim = g.failed[0], g.failed[1]
+	r.Timeline, r.DisruptedAt = g.timeline, g.disrupted.Sub(g.began)
 }
 
 // The consumers that account for a run's messages, and how long they look for one that is missing.
@@ -269,11 +310,11 @@ const (
 	accountPatience  = 15 * time.Second
 )
 
-// account receives and acknowledges everything in the topic.
-func account(ctx context.Context, s *Subject, w Workload, ledger *Ledger) error {
+// account receives and acknowledges everything in the topic, as a group that has not been there before.
+func account(ctx context.Context, s *Subject, w Workload, group string, ledger *Ledger) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	w.Publishers, w.Consumers, w.Group, w.ReceiveMax = 0, accountConsumers, "account", 10
+	w.Publishers, w.Consumers, w.Group, w.ReceiveMax = 0, accountConsumers, group, 10
 	w.Rate, w.Messages = 0, 1<<62 // until nothing more comes
 	var mu sync.Mutex
 	var bad error

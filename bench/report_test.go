@@ -182,6 +182,7 @@ func TestSpaceNeeded(t *testing.T) {
 func TestGapWatch(t *testing.T) {
 	at := func(ms int) time.Time { return time.UnixMilli(int64(1_000_000 + ms)) }
 	g := newGapWatch(3, 1) // publishers 1 and 4 begin at the victim
+	g.began = at(0)
 	g.published(0, at(0), nil)
 	g.published(2, at(30), nil)
 	g.published(1, at(40), nil) // the victim's do not count
@@ -199,6 +200,17 @@ func TestGapWatch(t *testing.T) {
 	}
 	if r.Failed["no_leader"] != 1 || r.FailedVictim["internal"] != 1 || len(r.Failed)+len(r.FailedVictim) != 2 {
 		t.Errorf("failed %v and %v", r.Failed, r.FailedVictim)
+	}
+	if len(r.Timeline) != 10 || r.DisruptedAt != 110*time.Millisecond {
+		t.Fatalf("%d steps, disrupted at %s", len(r.Timeline), r.DisruptedAt)
+	}
+	for i, want := range map[int]TimelineStep{
+		0: {Acknowledged: 3}, 1: {Acknowledged: 1, Failed: 2, Longest: 100 * time.Millisecond}, 2: {},
+		9: {Acknowledged: 3, Longest: 870 * time.Millisecond},
+	} {
+		if r.Timeline[i] != want {
+			t.Errorf("step %d is %+v, want %+v", i, r.Timeline[i], want)
+		}
 	}
 	g.fill(&r, at(5000))
 	if r.Gap != 4000*time.Millisecond {

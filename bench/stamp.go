@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
+	"maps"
 	"sync"
 	"time"
 )
@@ -113,6 +114,13 @@ func (l *Ledger) Missing() int64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.missing
+}
+
+// onlyAcknowledged returns a ledger of the same acknowledgements in which nothing has been found yet.
+func (l *Ledger) onlyAcknowledged() *Ledger {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return &Ledger{acknowledged: maps.Clone(l.acknowledged), found: map[Stamp]uint32{}, missing: int64(len(l.acknowledged))}
 }
 
 // Balance is the proof at a run's end.

@@ -41,7 +41,7 @@ minute and with the CPU time that others took meanwhile. docs/benchmarks.md says
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.AddCommand(a.benchPublishCommand(), a.benchDiskCommand(), a.benchBacklogCommand(), a.benchDrainedCommand(),
-		a.benchExpiryCommand())
+		a.benchExpiryCommand(), a.benchDurabilityCommand())
 	return cmd
 }
 
@@ -76,15 +76,35 @@ func (o *benchCluster) start(ctx context.Context, a *app, variant, binary string
 	if err != nil {
 		return nil, nil, err
 	}
+	s, stop, err := o.startIn(ctx, dir, variant, binary, restart, func(int) {})
+	if err != nil {
+		return nil, nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	return s, func() { stop(); o.discard(a, dir) }, nil
+}
+
+// discard removes the servers' data, or says where it is.
+func (o *benchCluster) discard(a *app, dir string) {
+	if o.keep {
+		fmt.Fprintf(a.err, "data and logs of the servers are in %s\n", dir)
+		return
+	}
+	_ = os.RemoveAll(dir) // what cannot be removed stays in the temporary directory
+}
+
+// startIn starts them in a directory, which stays. before is called before each start of a server.
+func (o *benchCluster) startIn(ctx context.Context, dir, variant, binary string, restart bool, before func(i int)) (*bench.Subject, func(), error) {
+	var err error
 	var endpoints [3]string
 	for i := range endpoints {
 		if endpoints[i], err = freeLoopbackAddress(); err != nil {
-			return nil, nil, errors.Join(err, os.RemoveAll(dir))
+			return nil, nil, err
 		}
 	}
 	cluster, err := local.Start(local.Options{
 		Binary: binary, Data: dir, Restart: restart,
 		Args: func(i int) []string {
+			before(i)
 			args := []string{"--bench-listen", endpoints[i], "--durability", o.durability}
 			if o.delay > 0 {
 				args = append(args, "--emulate-sync", o.delay.String())
@@ -93,16 +113,11 @@ func (o *benchCluster) start(ctx context.Context, a *app, variant, binary string
 		},
 	})
 	if err != nil {
-		return nil, nil, fromLocal(errors.Join(err, os.RemoveAll(dir)))
+		return nil, nil, fromLocal(err)
 	}
 	stop := func() {
 		cluster.Kill() // the data is of no more use
 		cluster.Stop()
-		if o.keep {
-			fmt.Fprintf(a.err, "data and logs of the servers are in %s\n", dir)
-			return
-		}
-		_ = os.RemoveAll(dir) // what cannot be removed stays in the temporary directory
 	}
 	wait, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
