@@ -31,7 +31,7 @@ unit:
 	$(GO) test -timeout $(TIMEOUT) $(UNIT)
 
 e2e: deps ## end-to-end tests: three real processes, the real clients
-	$(GO) test -timeout $(TIMEOUT) ./test/e2e/...
+	$(GO) test -count=1 -timeout $(TIMEOUT) ./test/e2e/...
 
 test-all: export TERCET_TEST_ALL = 1
 test-all: TIMEOUT = 6h
