@@ -113,11 +113,21 @@ func (e *Engine) query(q *Query) (Answer, []uint64, error) {
 		if err != nil {
 			return a, nil, err
 		}
-		if b == nil || b.expiry(i) <= now {
+		if b == nil {
+			d, _, ok, err := e.waitingMessage(t, q.ID, now)
+			if err == nil && !ok {
+				err = errs.Of(errs.MessageNotFound)
+			}
+			a.Messages = []Delivery{d}
+			return a, nil, err
+		}
+		if b.expiry(i) <= now {
 			return a, nil, errs.Of(errs.MessageNotFound)
 		}
 		a.Messages = []Delivery{e.stored1(t, nil, b, i)}
 		return a, nil, nil
+	case QueryDelayed:
+		return e.delayedAnswer(t, q, limit, now)
 	case QueryTopic:
 		info, err := e.topicInfo(t, now)
 		a.Topics = []TopicInfo{info}
@@ -154,8 +164,8 @@ func (e *Engine) query(q *Query) (Answer, []uint64, error) {
 // stored1 is a message as it stands in the log, and for a group as its next delivery would be.
 func (e *Engine) stored1(t *topic, g *group, b *block, i uint32) Delivery {
 	d := Delivery{
-		ID:     MessageID{Shard: e.o.Shard, Index: b.index, Pos: b.posOf(i), Kind: KindPlain},
-		Stream: b.streamOf(i), PublishedAt: b.wall, ExpiresAt: b.wallExpiry(i),
+		ID:     b.id(e.o.Shard, i),
+		Stream: b.streamOf(i), PublishedAt: b.publishedWall(i), ExpiresAt: b.wallExpiry(i),
 		Receipt: Receipt{Shard: e.o.Shard, Topic: t.inc, Offset: b.base + uint64(i)},
 	}
 	if g != nil {
@@ -260,7 +270,7 @@ func (e *Engine) topicInfo(t *topic, now int64) (TopicInfo, error) {
 		info.First = t.next
 		return info, nil
 	}
-	info.First, info.OldestAt = b.base+uint64(i), b.wall
+	info.First, info.OldestAt = b.base+uint64(i), b.publishedWall(i)
 	return info, nil
 }
 
@@ -288,14 +298,14 @@ func (e *Engine) groupInfo(g *group, now int64) (GroupInfo, error) {
 		off := b.base + uint64(i)
 		info.Ready = g.topic.next - off - min(uint64(g.ahead), g.topic.next-off)
 		oldest = min(oldest, off)
-		info.OldestAt = b.wall
+		info.OldestAt = b.publishedWall(i)
 	}
 	if oldest < g.next {
-		b, _, err := e.blockAt(g.topic, nil, oldest)
+		b, i, err := e.blockAt(g.topic, nil, oldest)
 		if err != nil {
 			return info, err
 		}
-		info.OldestAt = b.wall
+		info.OldestAt = b.publishedWall(i)
 	}
 	return info, nil
 }

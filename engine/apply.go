@@ -58,6 +58,9 @@ func (e *Engine) apply(index, term uint64, entry []byte, results []Result, fx *E
 	e.stamp.Cluster = max(e.stamp.Cluster, head.stamp.Cluster)
 	e.stamp.Wall = max(e.stamp.Wall, head.stamp.Wall)
 	e.closeSilent()
+	if err := e.mature(); err != nil {
+		return results, err
+	}
 	var it entryItem
 	var in *intake
 	for {
@@ -135,6 +138,7 @@ func (e *Engine) begin(index, term uint64, entry []byte, fx *Effects) {
 	e.applying, e.entry, e.fx = true, entry, fx
 	e.pos, e.advance = 0, 0
 	e.open, e.touched = e.open[:0], e.touched[:0]
+	e.staging, e.newKeys = e.staging[:0], e.newKeys[:0]
 }
 
 func (e *Engine) end() {
@@ -240,7 +244,7 @@ func (e *Engine) command(cmd []byte, at uint32, res *Result) error {
 		e.applyOpenIntake(&r, res)
 	case CmdTick:
 	case CmdPublish:
-		e.applyPublish(&r, at+uint32(len(cmd)), res)
+		return e.applyPublish(&r, at+uint32(len(cmd)), res)
 	case CmdReceive:
 		return e.applyReceive(&r, res)
 	case CmdReceiveID:

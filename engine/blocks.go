@@ -27,8 +27,10 @@ type topic struct {
 
 	// What follows is memory of this node alone.
 
-	open *block // the block of the entry being applied
-	segs []segment
+	open     *block // the block of the entry being applied
+	staged   []stagedMessage
+	maturing *block
+	segs     []segment
 	// recent are the blocks whose entries are kept in memory, from head on, without gaps.
 	recent   []*block
 	head     int
@@ -111,6 +113,11 @@ func (e *Engine) keep(entry []byte, blocks []*block) {
 	}
 	e.recent = append(e.recent, recentEntry{bytes: int64(cap(entry)) + records, blocks: blocks})
 	e.recentBytes += int64(cap(entry)) + records
+	e.trimRecent()
+}
+
+// trimRecent drops the oldest entries beyond the ring's size.
+func (e *Engine) trimRecent() {
 	for e.recentBytes > e.o.RecentBytes && e.recentHead < len(e.recent) {
 		old := &e.recent[e.recentHead]
 		for _, b := range old.blocks {
@@ -323,8 +330,19 @@ func (e *Engine) blockAt(t *topic, hint *block, off uint64) (*block, uint32, err
 
 // byID finds a message of the topic by its ID. A nil block means it is not stored (any more).
 func (e *Engine) byID(t *topic, id MessageID) (*block, uint32, error) {
-	if id.Shard != e.o.Shard || id.Kind != KindPlain {
+	if id.Shard != e.o.Shard || id.Kind == KindDuplicate {
 		return nil, 0, nil
+	}
+	if id.Kind == KindDelayed {
+		off, ok, err := e.placeOf(t, id)
+		if err != nil || !ok || off < t.first {
+			return nil, 0, err
+		}
+		b, err := e.blockFor(t, off)
+		if err != nil || b == nil || off < b.base || b.refs == nil {
+			return nil, 0, err
+		}
+		return b, uint32(off - b.base), nil
 	}
 	if t.open != nil && id.Index == t.open.index {
 		i, ok := t.open.byPos(id.Pos)
@@ -341,6 +359,9 @@ func (e *Engine) byID(t *topic, id MessageID) (*block, uint32, error) {
 	var b *block
 	if n := len(live); n > 0 && id.Index >= live[0].index {
 		k := sort.Search(n, func(i int) bool { return live[i].index >= id.Index })
+		if k < n && live[k].refs != nil {
+			k++ // what matured with an entry stands before what the entry brought
+		}
 		if k == n || live[k].index != id.Index {
 			if !e.seeLaterRows {
 				return nil, 0, nil
@@ -406,7 +427,7 @@ func (e *Engine) loadAll(ds []Delivery) error {
 	for i := range ds {
 		d := &ds[i]
 		t := e.byInc[d.Receipt.Topic]
-		if t == nil || d.Receipt.Offset < t.memoryBase() {
+		if d.ID.Kind == KindDelayed || t == nil || d.Receipt.Offset < t.memoryBase() {
 			cold = true
 			continue
 		}
@@ -453,6 +474,15 @@ func (e *Engine) loadStored(ds []Delivery) (err error) {
 	for i := range ds {
 		d := &ds[i]
 		if d.Body != nil {
+			continue
+		}
+		if d.ID.Kind == KindDelayed {
+			ok, err := e.loadStaged(d)
+			if err != nil {
+				return err
+			}
+			d.Gone = !ok
+			gone = gone || !ok
 			continue
 		}
 		off := d.Receipt.Offset

@@ -112,6 +112,15 @@ func (e *Engine) encodeDirty(batch *pebble.Batch) {
 		_ = batch.DeleteRange(e.keys.key(rowChunk, ids[0], ids[1]), e.keys.key(rowChunk, ids[0], ids[1]+1), nil)
 	}
 	e.removedTopics, e.removedGroups = nil, nil
+	e.encodeChanges(batch)
+	e.dropKeyBuckets(batch, now)
+	var from dueKey
+	if d := e.durable.Load(); d != nil {
+		from = d.matured
+	}
+	if at := e.matured; at != from {
+		_ = batch.DeleteRange(e.keys.key(rowDue, uint64(from.due), from.topic, from.index), append(e.keys.key(rowDue, uint64(at.due), at.topic, at.index), 0), nil)
+	}
 	for _, n := range e.removedDocuments {
 		_ = batch.Delete(e.keys.documentKey(n.table, n.key), nil) // before what took its name
 	}
@@ -175,6 +184,9 @@ func (e *Engine) removeBelow(batch *pebble.Batch, t *topic, f floor) {
 	e.removeBlocks(batch, t.inc, old, f)
 	t.floor = f
 	e.put(batch, f.appendRow(nil), rowFloor, t.inc)
+	for _, kind := range []byte{rowStaged, rowStagedIndex, rowPlace} {
+		_ = batch.DeleteRange(e.keys.key(kind, t.inc), e.keys.key(kind, t.inc, t.firstIndex), nil)
+	}
 }
 
 // removeBlocks removes the rows of all blocks of a topic between two floors.
@@ -249,11 +261,43 @@ func (e *Engine) sweep(batch *pebble.Batch, s *state) (floors map[uint64]floor, 
 			}
 		}
 	}
+	if err := e.sweepStaged(batch, upto); err != nil {
+		return nil, 0, err
+	}
 	if len(byTopic) > 0 {
 		_ = batch.DeleteRange(e.keys.key(rowExpiry, uint64(e.swept)), e.keys.key(rowExpiry, uint64(upto)+1), nil)
 	}
 	e.put(batch, floor{offset: uint64(upto)}.appendRow(nil), rowFloor, 0)
 	return floors, upto, nil
+}
+
+// sweepStaged removes delayed messages that have expired, with the rows that lead to them.
+func (e *Engine) sweepStaged(batch *pebble.Batch, upto int64) error {
+	from, to := e.keys.key(rowStagedExpiry, uint64(e.swept)), e.keys.key(rowStagedExpiry, uint64(upto)+1)
+	it, err := e.db.NewIter(&pebble.IterOptions{LowerBound: from, UpperBound: to})
+	if err != nil {
+		return fmt.Errorf("engine: reading the expiry index: %w", err)
+	}
+	defer func() { _ = it.Close() }()
+	any := false
+	for it.First(); it.Valid(); it.Next() {
+		inc, _ := keyPart(it.Key(), 1)
+		index, ok := keyPart(it.Key(), 2)
+		if !ok {
+			return fmt.Errorf("engine: expiry row %x: %w", it.Key(), errMalformed)
+		}
+		any = true
+		_ = batch.Delete(e.keys.key(rowStaged, inc, index), nil)
+		_ = batch.Delete(e.keys.key(rowStagedIndex, inc, index), nil)
+		_ = batch.DeleteRange(e.keys.key(rowPlace, inc, index), e.keys.key(rowPlace, inc, index+1), nil)
+	}
+	if err := it.Error(); err != nil {
+		return fmt.Errorf("engine: reading the expiry index: %w", err)
+	}
+	if any {
+		_ = batch.DeleteRange(from, to, nil)
+	}
+	return nil
 }
 
 // raiseFloor walks the stored headers of a topic from its floor over those in dead and returns where the
@@ -303,7 +347,9 @@ func (e *Engine) removeBlock(batch *pebble.Batch, inc, base uint64) error {
 	}
 	_ = batch.Delete(key, nil)
 	_ = batch.Delete(e.keys.key(rowPayload, inc, base), nil)
-	_ = batch.Delete(e.keys.key(rowByIndex, inc, b.index), nil)
+	if b.refs == nil {
+		_ = batch.Delete(e.keys.key(rowByIndex, inc, b.index), nil)
+	}
 	_ = batch.Delete(e.keys.key(rowByStream, inc, b.stream.Ms, b.stream.Seq), nil)
 	return nil
 }
@@ -318,6 +364,7 @@ func (e *Engine) appendCanonical(b []byte) []byte {
 		b = appendBytes(b, e.intakes[id].appendRow(nil))
 	}
 	b = e.canonicalDocuments(b)
+	b = e.canonicalChanges(b)
 	var row []byte
 	b = binary.AppendUvarint(b, uint64(len(e.byInc)))
 	for _, inc := range sortedKeys(e.byInc) {

@@ -146,7 +146,23 @@ func goldenVectors(t testing.TB) map[string][]byte {
 	l.pass(2 * time.Minute)
 	l.apply(&Tick{})
 	l.checkpoint()
-	for _, kind := range []byte{rowBlock, rowPayload, rowByIndex, rowByStream, rowExpiry, rowTopic, rowGroup, rowChunk, rowIntake, rowState, rowFloor, rowDocument} {
+	l.apply(&Publish{Topic: "d", Messages: []NewMessage{{Retention: time.Hour, Delay: 5 * time.Second, Key: "k", Body: []byte("x")}, {Delay: 9 * time.Second, Body: []byte("y")}}},
+		&TopicSet{Topic: "d", Settings: &TopicSettings{DepthMax: 9}}, &GroupSet{Topic: "d", Group: "g", Create: true, Settings: &GroupSettings{MaxDeliveries: 1, Park: true, ParkedRetention: time.Hour}})
+	l.apply(&Delayed{Topic: "d", ID: MessageID{Index: l.next() - 1, Pos: 1, Kind: KindDelayed}, Delay: time.Minute})
+	l.pass(5 * time.Second)
+	r := l.apply(&Receive{Topic: "d", Group: "g", Max: 1, Visibility: time.Minute})
+	l.apply(&Settle{Topic: "d", Group: "g", Op: Release, Reason: "no", Receipts: []Receipt{r[0].Deliveries[0].Receipt}})
+	for _, kind := range []byte{rowDue} { // a checkpoint removes it
+		if err := l.e.scan(kind, func(key, v []byte) error {
+			out[fmt.Sprintf("row %c %x", kind, key[1:])] = slices.Clone(v)
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	l.checkpoint()
+	for _, kind := range []byte{rowBlock, rowPayload, rowByIndex, rowByStream, rowExpiry, rowTopic, rowGroup, rowChunk, rowIntake, rowState, rowFloor, rowDocument,
+		rowKey, rowStaged, rowStagedIndex, rowStagedExpiry, rowPlace, rowChange} {
 		if err := l.e.scan(kind, func(key, v []byte) error {
 			out[fmt.Sprintf("row %c %x", kind, key[1:])] = slices.Clone(v)
 			return nil
@@ -481,6 +497,18 @@ func FuzzRows(f *testing.F) {
 				t.Fatalf("state %+v came back as %+v: %v", x, again, err)
 			}
 		}
+		if x, err := parseRuns(rowDue, 1, b); err == nil && len(x) > 0 {
+			if again, err := parseRuns(rowDue, 1, appendRuns(nil, x[0].cluster, x[0].wall, x)); err != nil || !reflect.DeepEqual(again, x) {
+				t.Fatalf("runs %+v came back as %+v: %v", x, again, err)
+			}
+		}
+		if x, err := parseChange(delayKey{1, 2, 3}, b); err == nil {
+			if again, err := parseChange(delayKey{1, 2, 3}, x.appendRow(nil)); err != nil || !reflect.DeepEqual(again, x) {
+				t.Fatalf("change %+v came back as %+v: %v", x, again, err)
+			}
+		}
+		_, _ = parseKey(0, b)
+		_, _ = parseDocument(b)
 		_, _ = parseTopic(1, b)
 		_, _ = parseGroup(newTopic("t", 1), 1, b)
 		_, _ = parseFloor(b)

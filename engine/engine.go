@@ -84,6 +84,17 @@ type Engine struct {
 	// documents are the tables of configuration.
 	documents        map[string]*documentTable
 	removedDocuments []documentName
+	// keyFilters are the buckets of idempotency keys; entryKeys are those of the entry being applied.
+	keyFilters map[keyBucket]*keyFilter
+	entryKeys  map[keyHash]keyRef
+	// changes are the delayed messages that were cancelled or moved, moved orders those that were moved.
+	changes        map[delayKey]*delayChange
+	removedChanges []delayKey
+	moved          []movedItem
+	// delayNext is no later than the first time at which a delayed message is due; 0 before that was looked up.
+	delayNext int64
+	// uploads are the large messages under way.
+	uploads map[uint64]*upload
 	// removedTopics and removedGroups (topic, group) have rows that go with the next checkpoint.
 	removedTopics []uint64
 	removedGroups [][2]uint64
@@ -104,6 +115,9 @@ type Engine struct {
 	pos      uint32
 	open     []*topic
 	heads    []recordHeadNote
+	specials []special
+	staging  []*topic
+	newKeys  []newKey
 	scratch  []Delivery
 	touched  []*group
 	advance  int64
@@ -128,6 +142,7 @@ type failure struct{ err error }
 // recordHeadNote is what apply notes of a message while it checks a publish.
 type recordHeadNote struct {
 	start, size uint32
+	body        uint32
 	retention   uint32
 }
 
@@ -244,6 +259,10 @@ func (e *Engine) resetMemory() {
 	e.documents = make(map[string]*documentTable)
 	e.groups, e.removedIntakes, e.removedDocuments = nil, nil, nil
 	e.removedTopics, e.removedGroups, e.freeGroups = nil, nil, nil
+	e.changes, e.removedChanges, e.moved = make(map[delayKey]*delayChange), nil, nil
+	e.keyFilters, e.entryKeys = make(map[keyBucket]*keyFilter), nil
+	e.uploads = make(map[uint64]*upload)
+	e.delayNext = never
 	e.recent, e.recentHead, e.recentBytes = nil, 0, 0
 	e.due, e.tidyAt = nil, 0
 	e.touched, e.open = nil, nil
@@ -335,6 +354,13 @@ func (e *Engine) load() error {
 	if err != nil {
 		return err
 	}
+	if err := e.scan(rowChange, e.loadChange); err != nil {
+		return err
+	}
+	if err := e.loadKeys(); err != nil {
+		return err
+	}
+	e.delayNext = 0
 	if err := e.scan(rowDocument, e.loadDocument); err != nil {
 		return err
 	}

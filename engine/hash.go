@@ -74,7 +74,15 @@ func (e *Engine) logicalRows(visit func(key, value []byte) error) (err error) {
 				continue
 			}
 			err = visit(it.Key(), v)
-			lead := [][]uint64{{rowPayload, inc, base}, {rowByIndex, inc, b.index}, {rowByStream, inc, b.stream.Ms, b.stream.Seq}}
+			lead := [][]uint64{{rowByStream, inc, b.stream.Ms, b.stream.Seq}}
+			if b.refs == nil {
+				lead = append(lead, []uint64{rowPayload, inc, base}, []uint64{rowByIndex, inc, b.index})
+			}
+			for _, r := range b.refs {
+				if r.expiry() > now {
+					lead = append(lead, []uint64{rowStaged, inc, r.index}, []uint64{rowPlace, inc, r.index, uint64(r.pos)})
+				}
+			}
 			if b.lastExpiry != never {
 				lead = append(lead, []uint64{rowExpiry, expiryTick(b.lastExpiry), inc, base})
 			}
@@ -100,5 +108,53 @@ func (e *Engine) logicalRows(visit func(key, value []byte) error) (err error) {
 			return fmt.Errorf("engine: reading topic %q: %w", t.name, err)
 		}
 	}
-	return nil
+	if err := e.stagedRows(visit, now); err != nil {
+		return err
+	}
+	return e.scan(rowKey, func(key, v []byte) error {
+		ref, err := parseKey(e.o.Shard, v)
+		if err != nil || ref.id.Index > e.index || ref.expiry <= now {
+			return err
+		}
+		return visit(key, v)
+	})
+}
+
+// stagedRows visits the rows of delayed messages that have not matured.
+func (e *Engine) stagedRows(visit func(key, value []byte) error, now int64) error {
+	return e.scan(rowDue, func(key, v []byte) error {
+		at := dueOf(key)
+		t := e.byInc[at.topic]
+		if t == nil || at.index > e.index || !e.matured.before(at) {
+			return nil
+		}
+		runs, err := parseRuns(rowDue, at.index, v)
+		if err != nil {
+			return err
+		}
+		for _, r := range runs {
+			if r.expiry() <= now || t.purgedDelayed(r.index, r.pos+r.count-1) {
+				continue
+			}
+			if err := visit(key, v); err != nil {
+				return err
+			}
+			for _, kind := range []byte{rowStaged, rowStagedIndex} {
+				key := e.keys.key(kind, at.topic, at.index)
+				v, closer, err := e.db.Get(key)
+				if err != nil {
+					return fmt.Errorf("engine: row %x: %w", key, err)
+				}
+				err = visit(key, v)
+				if cerr := closer.Close(); err == nil {
+					err = cerr
+				}
+				if err != nil {
+					return err
+				}
+			}
+			break
+		}
+		return nil
+	})
 }

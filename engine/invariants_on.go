@@ -33,12 +33,12 @@ func (e *Engine) checkInvariants() {
 			if rest := t.recent[t.head+i+1:]; len(rest) > 0 {
 				end = rest[0].base
 			}
-			assert(b.end() == end && b.index <= e.index && len(b.starts) == int(b.count), "I4", t.name, b.base, b.end(), end)
+			assert(b.end() == end && b.index <= e.index && (len(b.starts) == int(b.count) || b.refs != nil), "I4", t.name, b.base, b.end(), end)
 			n := uint32(0)
 			for _, r := range b.runs {
 				n += r.count
 			}
-			assert(n == b.count && (b.uniform || len(b.retention) == int(b.count)), "I4", t.name, b.base)
+			assert(b.refs != nil || n == b.count && (b.uniform || len(b.retention) == int(b.count)), "I4", t.name, b.base)
 		}
 		assert(t.gone <= t.next, "I5", t.name, t.gone, t.next)
 		for _, g := range t.byInc {

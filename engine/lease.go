@@ -115,10 +115,10 @@ func (e *Engine) room(g *group) bool {
 func (e *Engine) delivery(b *block, i uint32, g *group, l *lease) Delivery {
 	off := b.base + uint64(i)
 	return Delivery{
-		ID:      MessageID{Shard: e.o.Shard, Index: b.index, Pos: b.posOf(i), Kind: KindPlain},
+		ID:      b.id(e.o.Shard, i),
 		Receipt: Receipt{Shard: e.o.Shard, Topic: g.topic.inc, Group: g.inc, Offset: off, Epoch: l.epoch},
 		Stream:  b.streamOf(i), Count: l.count,
-		PublishedAt: b.wall, ExpiresAt: b.wallExpiry(i), LeaseUntil: e.stamp.Wall + l.deadline - l.granted,
+		PublishedAt: b.publishedWall(i), ExpiresAt: b.wallExpiry(i), LeaseUntil: e.stamp.Wall + l.deadline - l.granted,
 	}
 }
 
@@ -139,11 +139,25 @@ func (e *Engine) applyReceiveID(r *reader, res *Result) error {
 	if t == nil {
 		return nil
 	}
+	if v.id.Kind == KindDuplicate {
+		live, err := e.lives(t, v.id.Original(), now)
+		if live {
+			res.Code, res.Original = errs.Duplicate, v.id.Original()
+		}
+		return err
+	}
 	b, i, err := e.byID(t, v.id)
 	if err != nil {
 		return err
 	}
-	if b == nil || b.expiry(i) <= now {
+	if b == nil {
+		run, due, ok, err := e.waiting(t, v.id)
+		if ok && run.expiry() > now {
+			res.Code, res.RetryAfter = errs.NotYetVisible, time.Duration(max(due-now, 1))*time.Millisecond
+		}
+		return err
+	}
+	if b.expiry(i) <= now {
 		return nil
 	}
 	g, code := e.groupNamed(t, v.group, false)

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2"
 
@@ -11,13 +12,19 @@ import (
 	"tercet.dev/tercet/internal/limits"
 )
 
+// special is what some messages of a publish have.
+type special struct {
+	delay           uint32 // seconds
+	byDefault       bool   // the retention is the topic's default
+	key, deployment []byte
+}
+
 // applyPublish appends messages to a topic. end is where the command ends in the entry.
-func (e *Engine) applyPublish(r *reader, end uint32, res *Result) {
+func (e *Engine) applyPublish(r *reader, end uint32, res *Result) error {
 	name := r.bytes()
 	n := r.count(recordBytesMin)
-	e.heads = e.heads[:0]
+	e.beginPublish()
 	var rec record
-	total := 0
 	for range n {
 		size := len(r.b)
 		start := end - uint32(size)
@@ -25,63 +32,219 @@ func (e *Engine) applyPublish(r *reader, end uint32, res *Result) {
 		if r.bad {
 			break
 		}
-		size -= len(r.b)
-		total += size
-		if rec.flags&(recordDelay|recordKey|recordDeployment|recordLarge|recordDefault) != 0 {
-			res.Code = errs.Unsupported
-		} else if len(rec.body) > limits.MessageBytesMax && res.Code == errs.OK {
-			res.Code = errs.MessageTooLarge
+		if code := e.noteRecord(&rec, start, uint32(size-len(r.b))); code != errs.OK && res.Code == errs.OK {
+			res.Code = code
 		}
-		e.heads = append(e.heads, recordHeadNote{start: start, size: uint32(size), retention: uint32(min(rec.retention, math.MaxUint32))})
+		if rec.flags&recordLarge != 0 {
+			res.Code = errs.BadRequest
+		}
 	}
 	if r.err() != nil || n == 0 {
 		res.Code = errs.BadRequest
 	}
 	if res.Code != errs.OK {
-		return
+		return nil
 	}
+	return e.publish(name, res)
+}
+
+func (e *Engine) beginPublish() {
+	e.heads, e.specials = e.heads[:0], e.specials[:0]
+}
+
+// noteRecord checks a record by itself and notes it as the next message to be published.
+func (e *Engine) noteRecord(rec *record, start, size uint32) (code errs.Code) {
+	body := len(rec.body)
+	switch {
+	case rec.flags&recordLarge != 0:
+		l, _ := parseLarge(rec.body)
+		body = int(l.Bytes)
+		if body > limits.LargeMessageBytesMax {
+			code = errs.MessageTooLarge
+		}
+	case body > limits.MessageBytesMax:
+		code = errs.MessageTooLarge
+	}
+	if rec.flags&(recordDelay|recordKey|recordDeployment|recordDefault) != 0 || len(e.specials) > 0 {
+		for len(e.specials) < len(e.heads) {
+			e.specials = append(e.specials, special{})
+		}
+		switch {
+		case rec.delay > math.MaxUint32, len(rec.key) > limits.IdempotencyKeyBytesMax, len(rec.deployment) > limits.NameBytesMax,
+			rec.flags&recordDefault != 0 && rec.retention != 0, rec.delay > rec.retention && rec.retention > 0:
+			code = errs.BadRequest
+		case len(rec.deployment) > 0:
+			code = errs.Unsupported
+		}
+		e.specials = append(e.specials, special{delay: uint32(rec.delay), byDefault: rec.flags&recordDefault != 0, key: rec.key, deployment: rec.deployment})
+	}
+	e.heads = append(e.heads, recordHeadNote{start: start, size: size, body: uint32(body), retention: uint32(min(rec.retention, math.MaxUint32))})
+	return code
+}
+
+// publish puts the messages noted into the topic, all or none.
+func (e *Engine) publish(name []byte, res *Result) error {
 	t, code := e.topicNamed(name)
 	if code != errs.OK {
 		res.Code = code
-		return
+		return nil
+	}
+	n := len(e.heads)
+	if t.settings != (TopicSettings{}) || len(e.specials) > 0 {
+		if code, err := e.bound(t); code != errs.OK || err != nil {
+			res.Code = code
+			return err
+		}
 	}
 	b := t.open
+	var id StreamID
 	if b == nil {
-		id, ok := t.nextStreamID(uint64(e.stamp.Wall), uint64(n))
-		if !ok {
+		var ok bool
+		if id, ok = t.nextStreamID(uint64(e.stamp.Wall), uint64(n)); !ok {
 			res.Code = errs.BadRequest
-			return
+			return nil
 		}
-		b = &block{topic: t.inc, base: t.next, index: e.index, cluster: e.stamp.Cluster, wall: e.stamp.Wall, stream: id, data: e.entry,
-			starts: make([]uint32, 0, n)}
-		t.open, t.segs = b, t.segs[:0]
-		e.open = append(e.open, t)
 	} else if b.stream.Seq > math.MaxUint64-uint64(b.count)-uint64(n) {
 		res.Code = errs.BadRequest
-		return
+		return nil
 	}
-	first := b.count
+	// Nothing is refused from here on.
+	plain := n
+	if len(e.specials) > 0 {
+		var err error
+		if plain, err = e.judge(t, res); err != nil {
+			return err
+		}
+	}
+	p := &res.Published
+	p.Shard, p.Index, p.Pos, p.Count = e.o.Shard, e.index, e.pos, uint32(n)
+	if plain > 0 {
+		if b == nil {
+			b = &block{topic: t.inc, base: t.next, index: e.index, cluster: e.stamp.Cluster, wall: e.stamp.Wall, stream: id, data: e.entry,
+				starts: make([]uint32, 0, plain)}
+			t.open, t.segs = b, t.segs[:0]
+			e.open = append(e.open, t)
+		}
+		p.Offset, p.Stream = b.end(), b.streamOf(b.count)
+	}
 	for i := range e.heads {
 		h := &e.heads[i]
+		if p.Kinds != nil && p.Kinds[i] != KindPlain {
+			if p.Kinds[i] == KindDelayed {
+				due := e.stamp.Cluster + int64(e.specials[i].delay)*1000
+				e.stage(t, stagedMessage{pos: e.pos, start: h.start, size: h.size, due: due, retention: h.retention})
+			}
+			e.pos++
+			if p.Kinds[i] == KindDelayed {
+				t.published++
+				t.bytes += uint64(h.size)
+			}
+			continue
+		}
 		b.add(e.pos, h.retention, int(h.size))
 		b.starts = append(b.starts, h.start)
+		if k := len(t.segs); k > 0 && t.segs[k-1].to == h.start {
+			t.segs[k-1].to = h.start + h.size
+		} else {
+			t.segs = append(t.segs, segment{h.start, h.start + h.size})
+		}
+		t.bytes += uint64(h.size)
 		e.pos++
 	}
-	from := e.heads[0].start
-	if k := len(t.segs); k > 0 && t.segs[k-1].to == from {
-		t.segs[k-1].to = end
-	} else {
-		t.segs = append(t.segs, segment{from, end})
-	}
-	res.Published = Published{Shard: e.o.Shard, Index: e.index, Pos: e.pos - uint32(n), Count: uint32(n), Offset: b.base + uint64(first), Stream: b.streamOf(first)}
-	t.next += uint64(n)
-	t.last = b.streamOf(b.count - 1)
-	t.published += uint64(n)
-	t.bytes += uint64(total)
 	t.dirty = true
+	if plain == 0 {
+		return nil
+	}
+	t.next += uint64(plain)
+	t.last = b.streamOf(b.count - 1)
+	t.published += uint64(plain)
 	for _, g := range t.parked {
 		e.look(g)
 	}
+	return nil
+}
+
+// bound applies the topic's settings to the messages noted.
+func (e *Engine) bound(t *topic) (errs.Code, error) {
+	s := &t.settings
+	longest := uint32(min(int64(s.RetentionMax/time.Second), math.MaxUint32))
+	for i := range e.heads {
+		h := &e.heads[i]
+		if s.MessageBytesMax > 0 && int64(h.body) > s.MessageBytesMax {
+			return errs.MessageTooLarge, nil
+		}
+		if len(e.specials) > 0 && e.specials[i].byDefault {
+			h.retention = uint32(limits.RetentionDefault / time.Second)
+			if s.RetentionDefault > 0 {
+				h.retention = uint32(min(int64(s.RetentionDefault/time.Second), math.MaxUint32))
+			}
+		}
+		if longest > 0 && (h.retention == 0 || h.retention > longest) {
+			h.retention = longest
+		}
+		if len(e.specials) > 0 && h.retention > 0 && e.specials[i].delay > h.retention {
+			return errs.BadRequest, nil
+		}
+	}
+	if s.DepthMax > 0 {
+		b, i, err := e.firstLive(t, nil, 0, e.stamp.Cluster, true)
+		if err != nil {
+			return errs.OK, err
+		}
+		held := t.delayed + uint64(len(e.heads))
+		if b != nil {
+			held += t.next - b.base - uint64(i)
+		}
+		if held > s.DepthMax {
+			return errs.TopicFull, nil
+		}
+	}
+	return errs.OK, nil
+}
+
+// judge says what each of the messages noted is: plain, delayed, or a duplicate. It returns how many are plain.
+func (e *Engine) judge(t *topic, res *Result) (plain int, err error) {
+	now := e.stamp.Cluster
+	p := &res.Published
+	p.Kinds = make([]MessageKind, len(e.heads))
+	for i := range e.heads {
+		x := &e.specials[i]
+		kind := KindPlain
+		if x.delay > 0 {
+			kind = KindDelayed
+		}
+		if len(x.key) > 0 {
+			h := e.hashKey(t, x.deployment, x.key)
+			original, held, err := e.findKey(h, now)
+			if err != nil {
+				return 0, err
+			}
+			if held {
+				kind = KindDuplicate
+				p.Originals = append(p.Originals, original)
+			} else {
+				e.holdKey(h, MessageID{Shard: e.o.Shard, Index: e.index, Pos: e.pos + uint32(i), Kind: kind}, now, keyWindow(e.heads[i].retention))
+			}
+		}
+		p.Kinds[i] = kind
+		if kind == KindPlain {
+			plain++
+		}
+	}
+	if plain == len(e.heads) {
+		p.Kinds = nil
+	}
+	return plain, nil
+}
+
+// lives reports whether a message is there, visible or not.
+func (e *Engine) lives(t *topic, id MessageID, now int64) (bool, error) {
+	b, i, err := e.byID(t, id)
+	if err != nil || b != nil {
+		return b != nil && b.expiry(i) > now, err
+	}
+	run, _, ok, err := e.waiting(t, id)
+	return ok && run.expiry() > now, err
 }
 
 // nextStreamID is the ID of the first of n messages that take consecutive ones.
@@ -109,10 +272,15 @@ func (e *Engine) store(entry []byte) error {
 			return err
 		}
 	}
-	if len(e.open) == 0 {
+	if len(e.open) == 0 && len(e.staging) == 0 && len(e.newKeys) == 0 {
 		return nil
 	}
-	size := 0
+	size := 64 * len(e.newKeys)
+	for _, t := range e.staging {
+		for i := range t.staged {
+			size += int(t.staged[i].size) + 128
+		}
+	}
 	for _, t := range e.open {
 		size += int(t.open.bytes) + 512 + len(t.open.retention)*4
 	}
@@ -124,6 +292,13 @@ func (e *Engine) store(entry []byte) error {
 		e.putBlock(batch, t, entry)
 		blocks = append(blocks, b)
 	}
+	for _, t := range e.staging {
+		e.putStaged(batch, t, entry)
+		t.staged = t.staged[:0]
+	}
+	e.putKeys(batch)
+	e.staging, e.newKeys = e.staging[:0], e.newKeys[:0]
+	clear(e.entryKeys)
 	if err := batch.Commit(pebble.NoSync); err != nil {
 		return fmt.Errorf("writing blocks: %w", err)
 	}
@@ -133,7 +308,9 @@ func (e *Engine) store(entry []byte) error {
 			e.fx.Appended = append(e.fx.Appended, t.name)
 		}
 	}
-	e.keep(entry, blocks)
+	if len(blocks) > 0 {
+		e.keep(entry, blocks)
+	}
 	return nil
 }
 
@@ -152,14 +329,18 @@ func (e *Engine) putBlock(batch *pebble.Batch, t *topic, entry []byte) {
 		panic(fmt.Sprintf("engine: block of %d bytes has %d", len(op.Value), n)) // I4: sizes were counted from the same bytes
 	}
 	_ = op.Finish() // only fails on batches that index their content
+	e.put(batch, binary.AppendUvarint(e.rowBuf[:0], b.base), rowByIndex, t.inc, b.index)
+	e.putHeader(batch, b)
+}
 
+// putHeader writes a block's header and the rows that lead to it by stream ID and by expiry.
+func (e *Engine) putHeader(batch *pebble.Batch, b *block) {
 	e.rowBuf = b.appendRow(e.rowBuf[:0])
-	e.put(batch, e.rowBuf, rowBlock, t.inc, b.base)
+	e.put(batch, e.rowBuf, rowBlock, b.topic, b.base)
 	base := binary.AppendUvarint(e.rowBuf[:0], b.base)
-	e.put(batch, base, rowByIndex, t.inc, b.index)
-	e.put(batch, binary.AppendUvarint(base, b.index), rowByStream, t.inc, b.stream.Ms, b.stream.Seq)
+	e.put(batch, binary.AppendUvarint(base, b.index), rowByStream, b.topic, b.stream.Ms, b.stream.Seq)
 	if b.lastExpiry != never {
-		e.put(batch, binary.AppendUvarint(e.rowBuf[:0], b.index), rowExpiry, expiryTick(b.lastExpiry), t.inc, b.base)
+		e.put(batch, binary.AppendUvarint(e.rowBuf[:0], b.index), rowExpiry, expiryTick(b.lastExpiry), b.topic, b.base)
 	}
 }
 

@@ -27,7 +27,7 @@ const (
 	// QueryStory asks what became of the message ID of Topic, for all its groups.
 	QueryStory QueryKind = 10
 	// QueryDelayed lists the delayed messages of Topic in the order in which they become visible, after After
-	// (Answer.Last).
+	// (Answer.Last). LeaseUntil of a message in the answer is when that is.
 	QueryDelayed QueryKind = 11
 )
 

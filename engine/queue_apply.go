@@ -19,6 +19,8 @@ func (e *Engine) applyQueue(k Kind, r *reader, end uint32, res *Result) error {
 		e.applyGroupDelete(r, res)
 	case CmdParked:
 		return e.applyParked(r, res)
+	case CmdDelayed:
+		return e.applyDelayed(r, res)
 	default:
 		decodeQueue(k, r)
 		res.Code = errs.Unsupported

@@ -10,24 +10,30 @@ import (
 // Row kinds: the first byte of every key; the shard follows. Letters that later features will use are
 // listed so that nobody takes them for something else.
 const (
-	rowBlock    = 'M' // topic, base offset -> block header; written once
-	rowPayload  = 'P' // topic, base offset -> message records; written once
-	rowByIndex  = 'I' // topic, raft index -> base offset; written once
-	rowByStream = 'X' // topic, stream ID -> base offset, raft index; written once
-	rowExpiry   = 'E' // expiry tick, topic, base offset -> raft index; written once
-	rowTopic    = 'T' // topic -> topic; checkpoint
-	rowGroup    = 'G' // topic, group -> group; checkpoint
-	rowChunk    = 'U' // topic, group, chunk -> unsettled messages; checkpoint
-	rowIntake   = 'N' // intake -> intake; checkpoint
-	rowState    = 'S' // applied index and all else; checkpoint
-	rowDocument = 'O' // table, key -> document; checkpoint
-	rowFloor    = 'F' // topic -> where its stored blocks begin; checkpoint, not part of the logical state
-	// Reserved: 'B' offsets by deployment, 'C' consumers, 'D' delayed by due time, 'K' idempotency keys,
-	// 'Q' staged parts, 'R' offset of a matured message, 'V' strings.
+	rowBlock        = 'M' // topic, base offset -> block header; written once
+	rowPayload      = 'P' // topic, base offset -> message records; written once
+	rowByIndex      = 'I' // topic, raft index -> base offset; written once
+	rowByStream     = 'X' // topic, stream ID -> base offset, raft index; written once
+	rowExpiry       = 'E' // expiry tick, topic, base offset -> raft index; written once
+	rowTopic        = 'T' // topic -> topic; checkpoint
+	rowGroup        = 'G' // topic, group -> group; checkpoint
+	rowChunk        = 'U' // topic, group, chunk -> unsettled messages; checkpoint
+	rowIntake       = 'N' // intake -> intake; checkpoint
+	rowState        = 'S' // applied index and all else; checkpoint
+	rowKey          = 'K' // class, bucket, hash -> idempotency key; written once
+	rowDue          = 'D' // due time, topic, raft index -> delayed messages; written once
+	rowStaged       = 'Q' // topic, raft index -> records of delayed messages; written once
+	rowStagedIndex  = 'Z' // topic, raft index -> what is staged there; written once
+	rowStagedExpiry = 'W' // expiry tick, topic, raft index; written once
+	rowPlace        = 'R' // topic, raft index, position -> where matured messages are in the log; written once
+	rowChange       = 'J' // topic, raft index, position -> a delayed message that was cancelled or moved; checkpoint
+	rowDocument     = 'O' // table, key -> document; checkpoint
+	rowFloor        = 'F' // topic -> where its stored blocks begin; checkpoint, not part of the logical state
+	// Reserved: 'B' offsets by deployment, 'C' consumers, 'L' parts of large messages, 'V' strings.
 )
 
 // topicRows are the kinds whose key begins with a topic.
-var topicRows = []byte{rowBlock, rowPayload, rowByIndex, rowByStream, rowTopic, rowGroup, rowChunk, rowFloor}
+var topicRows = []byte{rowBlock, rowPayload, rowByIndex, rowByStream, rowTopic, rowGroup, rowChunk, rowFloor, rowStaged, rowStagedIndex, rowPlace}
 
 const rowVersion = 1
 
@@ -76,6 +82,9 @@ type block struct {
 	runs          []posRun
 	run0          [1]posRun
 
+	// refs, in a block of references, are the delayed messages it stands for; retention and runs are empty.
+	refs []refRun
+
 	// data and starts are set while the entry is kept in memory: where each record begins in it.
 	data   []byte
 	starts []uint32
@@ -85,14 +94,34 @@ func (b *block) end() uint64 { return b.base + uint64(b.count) }
 
 // retentionOf is in seconds, 0 for none.
 func (b *block) retentionOf(i uint32) uint32 {
+	if b.refs != nil {
+		return b.ref(i).retention
+	}
 	if b.uniform {
 		return b.retention0
 	}
 	return b.retention[i]
 }
 
+// ref is the run that holds the i-th message of a block of references.
+func (b *block) ref(i uint32) *refRun {
+	return &b.refs[sort.Search(len(b.refs), func(k int) bool { return b.refs[k].from > i })-1]
+}
+
+// id is the i-th message's ID.
+func (b *block) id(shard uint16, i uint32) MessageID {
+	if b.refs != nil {
+		r := b.ref(i)
+		return MessageID{Shard: shard, Index: r.index, Pos: r.pos + i - r.from, Kind: KindDelayed}
+	}
+	return MessageID{Shard: shard, Index: b.index, Pos: b.posOf(i), Kind: KindPlain}
+}
+
 // expiry is the cluster time at which the i-th message expires.
 func (b *block) expiry(i uint32) int64 {
+	if b.refs != nil {
+		return b.ref(i).expiry()
+	}
 	if r := b.retentionOf(i); r != 0 {
 		return b.cluster + int64(r)*1000
 	}
@@ -102,16 +131,26 @@ func (b *block) expiry(i uint32) int64 {
 // wallExpiry is what people are told, 0 for never.
 func (b *block) wallExpiry(i uint32) int64 {
 	if r := b.retentionOf(i); r != 0 {
-		return b.wall + int64(r)*1000
+		return b.publishedWall(i) + int64(r)*1000
 	}
 	return 0
 }
 
 // publishedAt is the cluster time at which the i-th message was published.
-func (b *block) publishedAt(uint32) int64 { return b.cluster }
+func (b *block) publishedAt(i uint32) int64 {
+	if b.refs != nil {
+		return b.ref(i).cluster
+	}
+	return b.cluster
+}
 
 // publishedWall is the same in wall time.
-func (b *block) publishedWall(uint32) int64 { return b.wall }
+func (b *block) publishedWall(i uint32) int64 {
+	if b.refs != nil {
+		return b.ref(i).wall
+	}
+	return b.wall
+}
 
 func (b *block) streamOf(i uint32) StreamID {
 	return StreamID{Ms: b.stream.Ms, Seq: b.stream.Seq + uint64(i)}
@@ -172,12 +211,16 @@ func (b *block) add(pos uint32, retention uint32, size int) {
 const (
 	blockRetentionTable = 1 << 0
 	blockRunTable       = 1 << 1
-	// 1<<2 is for blocks whose stream IDs are not consecutive, 1<<3 for blocks of references to delayed payloads.
+	// 1<<2 is for blocks whose stream IDs are not consecutive.
+	blockReferences = 1 << 3
 )
 
 func (b *block) appendRow(dst []byte) []byte {
 	var flags byte
-	if !b.uniform {
+	if b.refs != nil {
+		flags |= blockReferences
+	}
+	if !b.uniform && b.refs == nil {
 		flags |= blockRetentionTable
 	}
 	if len(b.runs) > 1 {
@@ -190,6 +233,9 @@ func (b *block) appendRow(dst []byte) []byte {
 	dst = b.stream.append(dst)
 	dst = binary.AppendUvarint(dst, b.bytes)
 	dst = binary.AppendUvarint(dst, uint64(b.count))
+	if b.refs != nil {
+		return b.appendRefs(dst)
+	}
 	if b.uniform {
 		dst = binary.AppendUvarint(dst, uint64(b.retention0))
 	} else {
@@ -214,7 +260,7 @@ func parseBlock(topic, base uint64, row []byte) (*block, error) {
 		return nil, rowError(rowBlock, v)
 	}
 	flags := r.u8()
-	if flags&^(blockRetentionTable|blockRunTable) != 0 {
+	if flags&^(blockRetentionTable|blockRunTable|blockReferences) != 0 || flags&blockReferences != 0 && flags&(blockRetentionTable|blockRunTable) != 0 {
 		return nil, &UnknownError{What: "block header flags", Value: uint64(flags)}
 	}
 	b := &block{topic: topic, base: base, index: r.uvarint(), cluster: int64(r.upTo(1 << 60)), wall: int64(r.upTo(1 << 60)), stream: r.streamID(), bytes: r.uvarint()}
@@ -223,6 +269,9 @@ func parseBlock(topic, base uint64, row []byte) (*block, error) {
 		return nil, errMalformed
 	}
 	b.count = uint32(n)
+	if flags&blockReferences != 0 {
+		return b, b.parseRefs(&r)
+	}
 	if flags&blockRetentionTable == 0 {
 		b.uniform, b.retention0 = true, uint32(r.upTo(1<<32-1))
 		b.lastExpiry = b.expiry(0)
@@ -253,6 +302,40 @@ func parseBlock(topic, base uint64, row []byte) (*block, error) {
 		return nil, err
 	}
 	return b, nil
+}
+
+// appendRefs appends the runs of a block of references.
+func (b *block) appendRefs(dst []byte) []byte {
+	dst = binary.AppendUvarint(dst, uint64(len(b.refs)))
+	for i := range b.refs {
+		r := &b.refs[i]
+		for _, v := range []uint64{r.index, uint64(r.pos), uint64(r.count), uint64(r.cluster), uint64(r.wall), uint64(r.due), uint64(r.retention), uint64(r.bytes)} {
+			dst = binary.AppendUvarint(dst, v)
+		}
+	}
+	return dst
+}
+
+func (b *block) parseRefs(r *reader) error {
+	from, bytes := uint64(0), uint64(0)
+	for range r.count(8) {
+		run := refRun{index: r.uvarint(), pos: uint32(r.upTo(1<<32 - 1)), count: uint32(r.upTo(1<<32 - 1)), cluster: int64(r.upTo(1 << 60)), wall: int64(r.upTo(1 << 60)),
+			due: int64(r.upTo(1 << 61)), retention: uint32(r.upTo(1<<32 - 1)), bytes: uint32(r.upTo(1<<32 - 1)), from: uint32(from)}
+		if run.count == 0 {
+			return errMalformed
+		}
+		from += uint64(run.count)
+		bytes += uint64(run.bytes)
+		if from > uint64(b.count) {
+			return errMalformed
+		}
+		b.refs = append(b.refs, run)
+		b.lastExpiry = max(b.lastExpiry, run.expiry())
+	}
+	if r.bad || from != uint64(b.count) || bytes != b.bytes {
+		return errMalformed
+	}
+	return r.err()
 }
 
 func rowError(kind byte, version byte) error {
@@ -451,6 +534,8 @@ type state struct {
 	members                   []Member
 	configuration             []byte
 	configurationIndex        uint64
+	// matured is the last of the due messages that were looked at.
+	matured dueKey
 }
 
 func (s *state) appendRow(b []byte) []byte {
@@ -481,7 +566,10 @@ func (s *state) appendRest(b []byte) []byte {
 		b = appendBool(b, m.Voter)
 	}
 	b = appendBytes(b, s.configuration)
-	return binary.AppendUvarint(b, s.configurationIndex)
+	b = binary.AppendUvarint(b, s.configurationIndex)
+	b = binary.AppendUvarint(b, uint64(s.matured.due))
+	b = binary.AppendUvarint(b, s.matured.topic)
+	return binary.AppendUvarint(b, s.matured.index)
 }
 
 func parseState(row []byte) (state, error) {
@@ -506,6 +594,7 @@ func parseState(row []byte) (state, error) {
 	}
 	s.configuration = slices.Clone(r.bytes())
 	s.configurationIndex = r.uvarint()
+	s.matured = dueKey{due: int64(r.upTo(1 << 61)), topic: r.uvarint(), index: r.uvarint()}
 	if err := r.err(); err != nil {
 		return state{}, err
 	}

@@ -103,6 +103,10 @@ func (e *Engine) dropTopic(t *topic) {
 		e.open = slices.DeleteFunc(e.open, func(o *topic) bool { return o == t })
 		t.open = nil
 	}
+	if len(t.staged) > 0 {
+		e.staging = slices.DeleteFunc(e.staging, func(o *topic) bool { return o == t })
+		t.staged = nil
+	}
 	e.removedTopics = append(e.removedTopics, t.inc)
 	e.dirtRough.Add(256)
 	if e.fx != nil {
@@ -148,6 +152,7 @@ func (e *Engine) purge(t *topic) {
 	} else {
 		t.cut = floor{offset: t.next, index: e.index, stream: t.last.next()}
 	}
+	t.delayed = 0
 	t.dirty = true
 	for _, inc := range sortedKeys(t.byInc) {
 		g := t.byInc[inc]

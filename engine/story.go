@@ -1,8 +1,12 @@
 package engine
 
 import (
+	"cmp"
+	"fmt"
 	"hash/crc32"
 	"slices"
+
+	"github.com/cockroachdb/pebble/v2"
 
 	"tercet.dev/tercet/internal/errs"
 )
@@ -100,7 +104,19 @@ func (e *Engine) storyAnswer(t *topic, id MessageID, now int64) (Answer, error) 
 	if err != nil {
 		return a, err
 	}
-	if b == nil || b.expiry(i) <= now {
+	if b == nil {
+		d, due, ok, err := e.waitingMessage(t, id.Original(), now)
+		if err != nil || !ok {
+			return a, cmp.Or[error](err, errs.Of(errs.MessageNotFound))
+		}
+		a.Messages = []Delivery{d}
+		a.Story = &Story{State: StateDelayed, VisibleAt: e.wallAt(due)}
+		for _, name := range sortedKeys(t.groups) {
+			a.Story.Groups = append(a.Story.Groups, GroupStory{Group: name, State: StateDelayed, NextAt: e.wallAt(due)})
+		}
+		return a, nil
+	}
+	if b.expiry(i) <= now {
 		return a, errs.Of(errs.MessageNotFound)
 	}
 	a.Messages = []Delivery{e.stored1(t, nil, b, i)}
@@ -188,4 +204,112 @@ func (e *Engine) expiring(t *topic, off uint64, rate uint64, now int64) (uint64,
 			return count * (t.next - off + rank) / rank, nil
 		}
 	}
+}
+
+// waitingMessage describes a delayed message that has not matured.
+func (e *Engine) waitingMessage(t *topic, id MessageID, now int64) (d Delivery, due int64, ok bool, err error) {
+	run, due, ok, err := e.waiting(t, id)
+	if err != nil || !ok || run.expiry() <= now {
+		return d, 0, false, err
+	}
+	return e.waitingDelivery(t, &run), due, true, nil
+}
+
+func (e *Engine) waitingDelivery(t *topic, run *refRun) Delivery {
+	d := Delivery{ID: MessageID{Shard: e.o.Shard, Index: run.index, Pos: run.pos, Kind: KindDelayed}, PublishedAt: run.wall,
+		Receipt: Receipt{Shard: e.o.Shard, Topic: t.inc}}
+	if run.retention != 0 {
+		d.ExpiresAt = run.wall + int64(run.retention)*1000
+	}
+	return d
+}
+
+// delayedAnswer lists the delayed messages of a topic by the time at which they become visible. It looks at no more
+// than 100 000 of all topics; a list that is cut short says where to go on.
+func (e *Engine) delayedAnswer(t *topic, q *Query, limit int, now int64) (a Answer, sizes []uint64, err error) {
+	defer e.damaged(&err)
+	var after movedItem
+	if q.After != "" {
+		if _, err := fmt.Sscanf(q.After, "%d.%d.%d", &after.due, &after.key.index, &after.key.pos); err != nil {
+			return a, nil, errs.New(errs.BadRequest, "%q is no place in the list of delayed messages", q.After)
+		}
+	}
+	after.key.topic = t.inc
+	var moved []movedItem
+	for k, c := range e.changes {
+		if m := (movedItem{c.due, k}); k.topic == t.inc && c.due != never && after.before(m) && !t.purgedDelayed(k.index, k.pos) {
+			moved = append(moved, m)
+		}
+	}
+	slices.SortFunc(moved, func(a, b movedItem) int {
+		if a.before(b) {
+			return -1
+		}
+		return 1
+	})
+	last := after
+	add := func(m movedItem, run refRun) bool {
+		if len(a.Messages) == limit {
+			a.More, a.Last = true, fmt.Sprintf("%d.%d.%d", last.due, last.key.index, last.key.pos)
+			return false
+		}
+		last = m
+		run.pos, run.count = m.key.pos, 1
+		if at := run.wall; run.expiry() <= now || q.Filter.Since != 0 && at < q.Filter.Since || q.Filter.Until != 0 && at >= q.Filter.Until {
+			return true
+		}
+		d := e.waitingDelivery(t, &run)
+		d.LeaseUntil = e.wallAt(m.due) // when it becomes visible
+		a.Messages = append(a.Messages, d)
+		sizes = append(sizes, uint64(run.bytes/max(run.count, 1)))
+		return true
+	}
+	it, err := e.db.NewIter(&pebble.IterOptions{LowerBound: append(e.keys.key(rowDue, uint64(e.matured.due), e.matured.topic, e.matured.index), 0),
+		UpperBound: keyspaceEnd(e.keys, rowDue)})
+	if err != nil {
+		return a, nil, fmt.Errorf("engine: reading due messages: %w", err)
+	}
+	defer func() { _ = it.Close() }()
+	looks := 10 * browseLooks
+	for it.SeekGE(e.keys.key(rowDue, uint64(after.due))); it.Valid() && looks > 0; it.Next() {
+		looks--
+		at := dueOf(it.Key())
+		if at.topic != t.inc || at.index > e.index {
+			continue
+		}
+		v, err := it.ValueAndErr()
+		if err != nil {
+			return a, nil, fmt.Errorf("engine: reading due messages: %w", err)
+		}
+		runs, err := parseRuns(rowDue, at.index, v)
+		if err != nil {
+			return a, nil, err
+		}
+		for _, run := range runs {
+			for k := range run.count {
+				m := movedItem{at.due, delayKey{t.inc, at.index, run.pos + k}}
+				if !after.before(m) || e.changes[m.key] != nil || t.purgedDelayed(at.index, m.key.pos) {
+					continue
+				}
+				for len(moved) > 0 && moved[0].before(m) {
+					if !add(moved[0], e.changes[moved[0].key].run) {
+						return a, sizes, nil
+					}
+					moved = moved[1:]
+				}
+				if !add(m, run) {
+					return a, sizes, nil
+				}
+			}
+		}
+	}
+	if err := it.Error(); err != nil {
+		return a, nil, fmt.Errorf("engine: reading due messages: %w", err)
+	}
+	for _, m := range moved {
+		if !add(m, e.changes[m.key].run) {
+			return a, sizes, nil
+		}
+	}
+	return a, sizes, nil
 }

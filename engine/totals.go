@@ -25,9 +25,12 @@ func (e *Engine) Totals() Totals {
 		if lowest == t.next || e.db == nil {
 			continue
 		}
-		b, _, err := e.firstLive(t, nil, lowest, now, false)
-		if err == nil && b != nil && (out.OldestAt == 0 || b.wall < out.OldestAt) {
-			out.OldestAt = b.wall
+		b, i, err := e.firstLive(t, nil, lowest, now, false)
+		if err != nil || b == nil {
+			continue
+		}
+		if at := b.publishedWall(i); out.OldestAt == 0 || at < out.OldestAt {
+			out.OldestAt = at
 		}
 	}
 	return out

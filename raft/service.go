@@ -318,6 +318,7 @@ func (n *Node) tick() {
 		n.keepIntake()
 		n.stepPolicy()
 		n.stepMembership()
+		n.stepDue()
 	}
 }
 
@@ -396,6 +397,20 @@ func (n *Node) stepPolicy() {
 	} else {
 		n.log.Info("taking zone into the in-sync set", "node", change.Node, "zone", n.directory.zone(change.Node))
 	}
+	n.coal.enqueue(&op{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority, urgent: true,
+		from: originFunc(func(*op, outcome) {})})
+}
+
+// stepDue proposes an entry when something is due that no command asks for: delayed messages become visible with
+// an entry, and uploads that were broken off end with one.
+func (n *Node) stepDue() {
+	if n.openTerm.Load() == 0 || n.raft.State() != hraft.Leader {
+		return
+	}
+	if at, ok := n.eng.NextTick(); !ok || at > n.clock.now().Cluster {
+		return
+	}
+	cmd := &engine.Tick{}
 	n.coal.enqueue(&op{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority, urgent: true,
 		from: originFunc(func(*op, outcome) {})})
 }
