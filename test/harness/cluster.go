@@ -121,7 +121,7 @@ func New(tb testing.TB, opts Options) *Cluster {
 		n := &Node{
 			ID: id, Zone: string(rune('a' + i)),
 			Data: filepath.Join(dir, id), Log: filepath.Join(dir, id+".log"),
-			HTTP: freeAddr(tb), Peer: freeAddr(tb), Valkey: freeAddr(tb),
+			HTTP: FreeAddr(tb), Peer: FreeAddr(tb), Valkey: FreeAddr(tb),
 			c: c,
 		}
 		if opts.DataDir != nil {

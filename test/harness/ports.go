@@ -41,4 +41,5 @@ func freePort(tb testing.TB) int {
 	return 0
 }
 
-func freeAddr(tb testing.TB) string { return fmt.Sprintf("127.0.0.1:%d", freePort(tb)) }
+// FreeAddr returns a loopback address on which nothing listens.
+func FreeAddr(tb testing.TB) string { return fmt.Sprintf("127.0.0.1:%d", freePort(tb)) }
