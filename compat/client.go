@@ -285,6 +285,10 @@ func cmdAuth(c *conn, a [][]byte) {
 // login makes the client that user, or writes why not.
 func (c *conn) login(user, password string) bool {
 	u := c.s.users.Get(user)
+	if (u == nil || !u.Authenticate(password)) && c.s.freshUsers() {
+		// Another node may have set the user a moment ago.
+		u = c.s.users.Get(user)
+	}
 	if u == nil || !u.Authenticate(password) {
 		if u == nil {
 			acl.HashPassword(password) // a name that does not exist takes as long

@@ -37,9 +37,10 @@ type Options struct {
 	UsersFrom string
 	// Insecure lets clients from other machines in although the default user needs no password.
 	Insecure bool
-	// TLS, when set, is spoken on every connection.
-	TLS    *tls.Config
-	Limits Limits
+	// TLS, when set, is spoken on every connection; ClientCertificates says that it lets nobody in without a certificate.
+	TLS                *tls.Config
+	ClientCertificates bool
+	Limits             Limits
 }
 
 // Limits bound what clients can make the server hold. The zero value of a field means its default.
@@ -110,17 +111,19 @@ type Server struct {
 	users    *acl.Store
 	usersRev atomic.Uint64
 	usersMu  sync.Mutex // orders loads of the users
-	start    sync.Once
-	aclLog   aclLog
-	memory   memory
-	clients  clients
-	bus      bus
-	waits    waitHall
-	blocked  atomic.Int64
-	started  time.Time
-	runID    string
-	counts   counts
-	logins   logins
+	// usersFresh is when a failed login last had them read, in nanoseconds.
+	usersFresh atomic.Int64
+	start      sync.Once
+	aclLog     aclLog
+	memory     memory
+	clients    clients
+	bus        bus
+	waits      waitHall
+	blocked    atomic.Int64
+	started    time.Time
+	runID      string
+	counts     counts
+	logins     logins
 
 	// draining is closed by Drain, closing when no more connections are taken.
 	draining, closing chan struct{}
@@ -178,7 +181,7 @@ func New(o Options) (*Server, error) {
 	s.bus.init()
 	s.waits.init(s)
 	if o.UsersFrom != "" {
-		s.users.Replace(o.Users)
+		s.users.Replace(o.Users, true)
 	}
 	var err error
 	if s.metrics, err = newMetrics(o.Registerer, s); err != nil {
@@ -306,7 +309,7 @@ func (s *Server) protected(nc net.Conn) bool {
 	if u := s.users.Default(); !u.Enabled || !u.NoPassword {
 		return false
 	}
-	if s.opts.TLS != nil && s.opts.TLS.ClientAuth == tls.RequireAndVerifyClientCert {
+	if s.opts.TLS != nil && s.opts.ClientCertificates {
 		return false
 	}
 	addr, ok := remoteIP(nc)

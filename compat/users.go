@@ -56,10 +56,29 @@ func (s *Server) loadUsers(ctx context.Context) error {
 	return nil
 }
 
-// setUsers puts users in force.
+// freshUsersEvery is how often failed logins may have the users read anew.
+const freshUsersEvery = 50 * time.Millisecond
+
+// freshUsers reads the users anew, unless they come from a file or were read a moment ago.
+func (s *Server) freshUsers() bool {
+	now := time.Now().UnixNano()
+	last := s.usersFresh.Load()
+	if s.opts.UsersFrom != "" || now-last < int64(freshUsersEvery) || !s.usersFresh.CompareAndSwap(last, now) {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	return s.loadUsers(ctx) == nil
+}
+
+// setUsers puts users in force. A file that names users and not the default one closes that; ACL SETUSER does not, as in
+// Valkey, since it would lock out whoever is at it, and every client that runs.
 func (s *Server) setUsers(users []*acl.User) {
-	s.users.Replace(users)
+	s.users.Replace(users, s.opts.UsersFrom != "")
 	s.usersRev.Add(1)
+	if u := s.users.Default(); len(users) > 0 && u.Enabled && u.NoPassword {
+		s.log.Warn("there are users, and clients without a password are still let in: ACL SETUSER default off, once yours can log in")
+	}
 }
 
 // firstUsers loads the users before the first client is let in.

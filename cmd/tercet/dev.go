@@ -21,6 +21,7 @@ type devOptions struct {
 	data               string
 	httpPort, peerPort int
 	valkeyPort         int
+	valkeyMode         string
 	virtualClock       bool
 	durability         string
 }
@@ -29,6 +30,8 @@ type devOptions struct {
 const (
 	devHTTPPort = 7301
 	devPeerPort = 7401
+
+	devValkeyPort = 6379
 )
 
 func (a *app) devCommand() *cobra.Command {
@@ -47,14 +50,15 @@ them on Ctrl-C. The data stays; the next run goes on with it.`,
 		Args:        cobra.NoArgs,
 		Annotations: map[string]string{annotationNode: "all"},
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return a.dev(cmd.Context(), o, cmd.Flags().Changed("valkey-port"))
+			return a.dev(cmd.Context(), o)
 		},
 	}
 	f := cmd.Flags()
 	f.StringVar(&o.data, "data", "tercet-data", "`directory` for the nodes' data and logs")
 	f.IntVar(&o.httpPort, "http-port", devHTTPPort, "HTTP `port` of node 1; nodes 2 and 3 count up")
 	f.IntVar(&o.peerPort, "peer-port", devPeerPort, "node-to-node `port` of node 1; nodes 2 and 3 count up")
-	f.IntVar(&o.valkeyPort, "valkey-port", 6379, "reserved: this release has no Valkey front end and opens no such `port`")
+	f.IntVar(&o.valkeyPort, "valkey-port", devValkeyPort, "Valkey `port` of node 1; nodes 2 and 3 count up; 0 for none")
+	f.StringVar(&o.valkeyMode, "valkey-mode", "standalone", "what Valkey clients see: standalone or cluster")
 	f.StringVar(&o.durability, "durability", "in-sync", "what a publish waits for: in-sync or all zones")
 	f.BoolVar(&o.virtualClock, "virtual-clock", false, "let POST /v1/clock/advance move the cluster's time, for tests")
 	return cmd
@@ -74,14 +78,22 @@ type devNode struct {
 	Pid  int    `json:"pid"`
 	HTTP string `json:"http"`
 	Peer string `json:"peer"`
-	Log  string `json:"log"`
+	// Valkey is empty when there is no such port.
+	Valkey string `json:"valkey,omitempty"`
+	Log    string `json:"log"`
 }
 
-func (a *app) dev(ctx context.Context, o devOptions, valkeyAsked bool) error {
+func (a *app) dev(ctx context.Context, o devOptions) error {
 	for flag, port := range map[string]int{"--http-port": o.httpPort, "--peer-port": o.peerPort} {
 		if port < 1 || port > 65533 {
 			return usageError{fmt.Errorf("%s %d: want a port from 1 to 65533", flag, port)}
 		}
+	}
+	if o.valkeyPort < 0 || o.valkeyPort > 65533 {
+		return usageError{fmt.Errorf("--valkey-port %d: want a port from 1 to 65533, or 0 for none", o.valkeyPort)}
+	}
+	if o.valkeyMode != "standalone" && o.valkeyMode != "cluster" {
+		return usageError{fmt.Errorf("--valkey-mode %q: want standalone or cluster", o.valkeyMode)}
 	}
 	if o.durability != "in-sync" && o.durability != "all" {
 		return usageError{fmt.Errorf("--durability %q: want in-sync or all", o.durability)}
@@ -90,15 +102,12 @@ func (a *app) dev(ctx context.Context, o devOptions, valkeyAsked bool) error {
 	if err != nil {
 		return err
 	}
-	args := []string{"--durability", o.durability}
+	args := []string{"--durability", o.durability, "--valkey-mode", o.valkeyMode, "--flush-allowed"}
 	if o.virtualClock {
 		args = append(args, "--virtual-clock")
 	}
-	if valkeyAsked {
-		a.note("--valkey-port is reserved: this release has no Valkey front end and opens no such port")
-	}
 	cluster, err := local.Start(local.Options{
-		Binary: binary, Data: o.data, HTTPPort: o.httpPort, PeerPort: o.peerPort, Restart: true,
+		Binary: binary, Data: o.data, HTTPPort: o.httpPort, PeerPort: o.peerPort, ValkeyPort: o.valkeyPort, Restart: true,
 		Args:   func(int) []string { return args },
 		Notice: func(line string) { a.note("%s", line) },
 	})
@@ -171,15 +180,15 @@ func (a *app) printDev(cluster *local.Cluster, o devOptions, s local.Status) err
 	pids := cluster.Pids()
 	leaderPid := 0
 	for i, n := range cluster.Nodes {
-		doc.Nodes = append(doc.Nodes, devNode{n.ID, n.Zone, pids[i], n.HTTP, n.Peer, n.LogFile})
+		doc.Nodes = append(doc.Nodes, devNode{n.ID, n.Zone, pids[i], n.HTTP, n.Peer, n.Valkey, n.LogFile})
 		if n.ID == s.Leader {
 			leaderPid = pids[i]
 		}
 	}
 	return a.print(doc, func(w io.Writer) error {
-		rows := [][]string{{"NODE", "ZONE", "PID", "HTTP", "PEER", "LOG"}}
+		rows := [][]string{{"NODE", "ZONE", "PID", "HTTP", "PEER", "VALKEY", "LOG"}}
 		for _, n := range doc.Nodes {
-			rows = append(rows, []string{n.ID, n.Zone, strconv.Itoa(n.Pid), n.HTTP, n.Peer, n.Log})
+			rows = append(rows, []string{n.ID, n.Zone, strconv.Itoa(n.Pid), n.HTTP, n.Peer, n.Valkey, n.Log})
 		}
 		if err := table(w, rows); err != nil {
 			return err

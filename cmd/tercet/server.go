@@ -34,7 +34,8 @@ const shutdownPatience = 10 * time.Second
 // serverOptions are the flags of `tercet server`.
 type serverOptions struct {
 	nodeID, zone, data string
-	http, peer, valkey string
+	http, peer         string
+	valkey             valkeyOptions
 	peers, join        []string
 	publicHosts        []string
 	durability         string
@@ -57,7 +58,7 @@ func (o *serverOptions) register(f *pflag.FlagSet) {
 	f.StringVar(&o.data, "data", "", "data `directory` (required)")
 	f.StringVar(&o.http, "http", defaultHTTP, "HTTP `address`; without a host 127.0.0.1 and ::1")
 	f.StringVar(&o.peer, "peer", defaultPeer, "`address` for the other nodes; without a host 127.0.0.1 and ::1")
-	f.StringVar(&o.valkey, "valkey", "", "reserved: this release has no Valkey front end and does not listen on this `address`")
+	o.valkey.register(f)
 	f.StringSliceVar(&o.peers, "peers", nil, "founding members as `n1=H:P,n2=H:P,…`, the same on all of them; read while the data directory is empty")
 	f.StringSliceVar(&o.join, "join", nil, "`addresses` of members to ask for admission with an empty data directory, instead of --peers")
 	f.StringSliceVar(&o.publicHosts, "public-host", nil, "host `names`, besides addresses and localhost, that requests may be addressed to")
@@ -148,7 +149,7 @@ func (o *serverOptions) config() (raft.Config, error) {
 	for _, f := range []struct {
 		flag, addr    string
 		authenticated bool
-	}{{"--http", o.http, o.security.authenticated()}, {"--peer", o.peer, false}, {"--valkey", o.valkey, false}} {
+	}{{"--http", o.http, o.security.authenticated()}, {"--peer", o.peer, false}} {
 		if f.addr == "" {
 			continue
 		}
@@ -156,10 +157,13 @@ func (o *serverOptions) config() (raft.Config, error) {
 			problem("%s: %w", f.flag, err)
 		}
 	}
+	if err := o.valkey.check(o.security.files.ClientCA != "", o.insecure); err != nil {
+		problem("%w", err)
+	}
 	if o.http == o.peer && !strings.HasSuffix(o.http, ":0") {
 		problem("--http and --peer are both %s", o.http)
 	}
-	cfg.HTTPAddr, cfg.PeerAddr = advertised(o.http), advertised(o.peer)
+	cfg.HTTPAddr, cfg.PeerAddr, cfg.ValkeyAddr = advertised(o.http), advertised(o.peer), o.valkey.advertised()
 	cfg.Peers, err = parsePeers(o.peers)
 	if err != nil {
 		problem("--peers: %w", err)
@@ -291,22 +295,24 @@ func (a *app) server(ctx context.Context, o *serverOptions) error {
 	if public, _ := server.CheckBind(o.http, true, false); public && secured.tls == nil {
 		log.Warn("--http can be reached from other machines without TLS: tokens and messages cross the network in clear text", "address", o.http)
 	}
-	if o.valkey != "" {
-		log.Warn("--valkey is reserved: this release has no Valkey front end and does not listen there", "address", o.valkey)
-	}
 
 	httpListeners, err := listenAs(ctx, "--http", o.http)
 	if err != nil {
 		return err
 	}
 	defer closeAll(httpListeners)
+	valkeyListeners, err := o.valkey.listen(ctx)
+	if err != nil {
+		return err
+	}
+	defer closeAll(valkeyListeners)
 	cfg.PeerListeners, err = listenAs(ctx, "--peer", o.peer)
 	if err != nil {
 		return err
 	}
 	limitMemory(log)
 	log.Info("starting", "version", version, "node", cfg.Name, "zone", cfg.Zone, "data", cfg.Dir,
-		"http", o.http, "peer", o.peer, "durability", cfg.Durability, "pid", os.Getpid())
+		"http", o.http, "peer", o.peer, "valkey", o.valkey.addr, "durability", cfg.Durability, "pid", os.Getpid())
 
 	cfg.Logger, cfg.Registerer = log, registry
 	formed := serveForming(httpListeners, secured.tls)
@@ -336,6 +342,11 @@ func (a *app) server(ctx context.Context, o *serverOptions) error {
 	for _, l := range httpListeners {
 		go func() { failed <- srv.Serve(l) }()
 	}
+	valkey, err := o.valkey.open(node, valkeyListeners, secured, o.security.files.ClientCA != "", o.insecure, log, registry)
+	if err != nil {
+		return err
+	}
+	defer valkey.close()
 	closeBench, err := o.bench.open(node, log)
 	if err != nil {
 		return err
@@ -350,10 +361,12 @@ func (a *app) server(ctx context.Context, o *serverOptions) error {
 		return fmt.Errorf("the node stopped: %w", node.Err())
 	case err := <-failed:
 		return fmt.Errorf("HTTP server: %w", err)
+	case err := <-valkey.failures():
+		return fmt.Errorf("Valkey port: %w", err)
 	}
 
 	notifySystemd("STOPPING=1")
-	return drain(log, srv, node, o.drainGrace)
+	return drain(log, srv, valkey, node, o.drainGrace)
 }
 
 // errStopped is the cause of a context that a signal ended.
@@ -362,9 +375,10 @@ var errStopped = errors.New("stopped by a signal")
 // drain stops a serving node without consequences for its clients. Requests are served, by passing them on, until
 // nobody has a connection open or the grace is over: a client that finds out from an answer goes elsewhere, one that
 // finds its connection closed under a request knows nothing.
-func drain(log hclog.Logger, srv *server.Server, node *raft.Node, grace time.Duration) error {
+func drain(log hclog.Logger, srv *server.Server, valkey *valkeyPort, node *raft.Node, grace time.Duration) error {
 	start := time.Now()
 	srv.Drain()
+	valkey.drain()
 	lingering, stop := context.WithTimeout(context.Background(), grace)
 	defer stop()
 	ctx, cancel := context.WithTimeout(context.Background(), shutdownPatience)
@@ -383,7 +397,7 @@ func drain(log hclog.Logger, srv *server.Server, node *raft.Node, grace time.Dur
 	// The node passes requests on to the leader until it is drained, so HTTP ends first.
 	ctx, cancel = context.WithTimeout(context.Background(), shutdownPatience)
 	defer cancel()
-	if err := srv.Shutdown(ctx); err != nil {
+	if err := errors.Join(valkey.shutdown(ctx), srv.Shutdown(ctx)); err != nil {
 		log.Warn("some requests were cut off", "error", err)
 	}
 	if err := node.Drain(ctx); err != nil {

@@ -192,19 +192,23 @@ func TestPasswords(t *testing.T) {
 	}
 }
 
-// TestDefaultUser: open while nobody is configured, off as soon as somebody is.
+// TestDefaultUser: open while nobody is configured, and off if that is wanted as soon as somebody is.
 func TestDefaultUser(t *testing.T) {
 	s := NewStore()
 	if u := s.Default(); !u.Enabled || !u.NoPassword {
 		t.Error("not open at first")
 	}
 	alice, _ := NewUser("alice").Set("on", ">pw")
-	s.Replace([]*User{alice})
+	s.Replace([]*User{alice}, false)
+	if u := s.Default(); !u.Enabled || !u.NoPassword {
+		t.Error("not open although nobody closed it")
+	}
+	s.Replace([]*User{alice}, true)
 	if s.Default().Enabled {
 		t.Error("open although there is a user")
 	}
 	def, _ := NewUser(DefaultName).Set("on", ">pw")
-	s.Replace([]*User{alice, def})
+	s.Replace([]*User{alice, def}, true)
 	if u := s.Default(); !u.Enabled || u.NoPassword {
 		t.Error("not as configured")
 	}

@@ -18,7 +18,7 @@ type Store struct {
 // NewStore returns a Store with the open default user alone.
 func NewStore() *Store {
 	s := new(Store)
-	s.Replace(nil)
+	s.Replace(nil, false)
 	return s
 }
 
@@ -38,18 +38,18 @@ func (s *Store) All() []*User {
 	return out
 }
 
-// Replace sets all users. When users does not say what the default user is, that one is open while there is no other user,
-// and off as soon as there is one.
-func (s *Store) Replace(users []*User) {
+// Replace sets all users. When users does not say what the default user is, that one is open, or off when closed is set and
+// there is another user.
+func (s *Store) Replace(users []*User, closed bool) {
 	m := make(map[string]*User, len(users)+1)
 	for _, u := range users {
 		m[u.Name] = u
 	}
 	if m[DefaultName] == nil {
-		if len(m) == 0 {
-			m[DefaultName] = Open()
-		} else {
+		if closed && len(m) > 0 {
 			m[DefaultName] = NewUser(DefaultName)
+		} else {
+			m[DefaultName] = Open()
 		}
 	}
 	s.users.Store(&m)

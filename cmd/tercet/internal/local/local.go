@@ -49,6 +49,8 @@ type Options struct {
 	Data string
 	// HTTPPort and PeerPort are those of the first node; the others count up. 0 picks free ports.
 	HTTPPort, PeerPort int
+	// ValkeyPort is that of the first node; 0 opens no such port.
+	ValkeyPort int
 	// Args returns further arguments of node i's `tercet server`; it is called again for a restart.
 	Args func(i int) []string
 	// Restart starts a child again that died, after RestartAfter (default 2 s).
@@ -65,7 +67,10 @@ type Node struct {
 	// id of the node's present process.
 	HTTP, Peer, LogFile, PidFile string
 
-	httpPort, peerPort int
+	// Valkey is the address for Valkey clients, empty for none.
+	Valkey string
+
+	httpPort, peerPort, valkeyPort int
 }
 
 // Cluster is a running local cluster.
@@ -180,6 +185,13 @@ func (c *Cluster) choosePorts() error {
 		if err != nil {
 			return err
 		}
+		valkeyPort, valkey := 0, ""
+		if c.opts.ValkeyPort != 0 {
+			if valkeyPort, err = choose("--valkey-port", c.opts.ValkeyPort, i); err != nil {
+				return err
+			}
+			valkey = fmt.Sprintf("127.0.0.1:%d", valkeyPort)
+		}
 		id := nodeID(i)
 		c.Nodes[i] = Node{
 			ID: id, Zone: zones[i],
@@ -187,7 +199,8 @@ func (c *Cluster) choosePorts() error {
 			Peer:     fmt.Sprintf("127.0.0.1:%d", peerPort),
 			LogFile:  filepath.Join(c.opts.Data, id+".log"),
 			PidFile:  filepath.Join(c.opts.Data, id+".pid"),
-			httpPort: httpPort, peerPort: peerPort,
+			Valkey:   valkey,
+			httpPort: httpPort, peerPort: peerPort, valkeyPort: valkeyPort,
 		}
 	}
 	return nil
@@ -208,6 +221,9 @@ func (c *Cluster) arguments(i int) []string {
 		"--http", ":" + strconv.Itoa(n.httpPort),
 		"--peer", ":" + strconv.Itoa(n.peerPort),
 		"--peers", strings.Join(peers, ","),
+	}
+	if n.valkeyPort != 0 {
+		args = append(args, "--valkey", ":"+strconv.Itoa(n.valkeyPort))
 	}
 	if c.opts.Args != nil {
 		args = append(args, c.opts.Args(i)...)
