@@ -11,7 +11,8 @@ UNIT      = $(shell $(GO) list ./... | grep -v '/test/e2e')
 # A test that has not ended after this is stuck.
 TIMEOUT  ?= 15m
 
-.PHONY: help run build test test-all unit e2e race lint fuzz bench bench-baseline deps clean
+.PHONY: help run build test test-all unit e2e race lint fuzz bench bench-build bench-baseline bench-report \
+	bench-core bench-smoke bench-compare deps clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,9 +51,25 @@ fuzz: ## every fuzz target for 10 s each (FUZZTIME=10m for longer)
 bench: build ## publish at full speed to three local nodes, with a disk probe of the same minute
 	bin/tercet bench publish --via leader --publishers 256 --size 1024
 
-bench-baseline: build ## the same beside the same engine on hashicorp/raft-wal and the stock transport, in turn
+bench-build: build ## build what the other bench targets run: the baseline, NATS, and the runner of the peers
 	cd bench/baseline && CGO_ENABLED=0 $(GO) build -trimpath -o ../../bin/tercet-baseline .
+	cd bench/peers && CGO_ENABLED=0 $(GO) build -trimpath -o ../../bin/tercet-peers .
+	cd bench/peers && CGO_ENABLED=0 $(GO) build -trimpath -o ../../bin/nats-server github.com/nats-io/nats-server/v2
+
+bench-baseline: bench-build ## the same beside the same engine on hashicorp/raft-wal and the stock transport, in turn
 	bin/tercet bench publish --via leader --publishers 256 --size 1024 --baseline --baseline-binary bin/tercet-baseline
+
+bench-report: bench-build ## Tercet beside its peers, into bench/report (40 minutes; FULL=1 for all of it, BENCHFLAGS for more)
+	bin/tercet-peers report $(if $(FULL),-full) $(BENCHFLAGS)
+
+bench-core: bench-build ## the goals of the core as a table, into bench/report (10 minutes)
+	bin/tercet-peers core $(if $(FULL),-full) $(BENCHFLAGS)
+
+bench-smoke: bench-build ## a minute of every driver and every peer: do they work?
+	bin/tercet-peers smoke $(BENCHFLAGS)
+
+bench-compare: ## the Go benchmarks of wal, codec, engine and RESP, here and at BASE=rev, compared by benchstat
+	.ci/bench-compare $(BASE)
 
 clean: ## remove what the other targets made, the data of `make run` included
 	rm -rf bin dist tercet-data test/e2e/sdk/node_modules

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"tercet.dev/tercet/compat/resp"
 	"tercet.dev/tercet/internal/errs"
 )
 
@@ -275,4 +276,48 @@ func FuzzReadRESP(f *testing.F) {
 		var scratch []byte
 		_, _ = readRESP(bufio.NewReader(bytes.NewReader(b)), &scratch) // must not panic
 	})
+}
+
+// BenchmarkReadRESP reads the replies to a window of XADDs, as the load generator does.
+func BenchmarkReadRESP(b *testing.B) {
+	var replies []byte
+	for range 64 {
+		replies = append(replies, "$15\r\n1700000000000-0\r\n"...)
+	}
+	source := bytes.NewReader(replies)
+	r := bufio.NewReaderSize(source, 64<<10)
+	var scratch []byte
+	b.ReportAllocs()
+	b.SetBytes(int64(len(replies)))
+	for b.Loop() {
+		source.Reset(replies)
+		r.Reset(source)
+		for range 64 {
+			if _, err := readRESP(r, &scratch); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+}
+
+// BenchmarkParseCommand parses a pipeline of XADDs of 1 KiB, as the front end does.
+func BenchmarkParseCommand(b *testing.B) {
+	const commands = 64
+	body := newBodies(1).next(1024)
+	var pipeline []byte
+	for range commands {
+		pipeline = appendBulk(appendCommand(pipeline, "XADD", "stream", "*", respField), body)
+	}
+	source := bytes.NewReader(pipeline)
+	b.ReportAllocs()
+	b.SetBytes(int64(len(pipeline)))
+	r := resp.NewReader(source, nil)
+	for b.Loop() {
+		source.Reset(pipeline)
+		for range commands {
+			if args, err := r.Next(); err != nil || len(args) != 5 {
+				b.Fatal(args, err)
+			}
+		}
+	}
 }

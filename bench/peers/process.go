@@ -134,7 +134,7 @@ func (p *process) await(ctx context.Context, what string, check func() error) er
 		}
 		select {
 		case <-p.done:
-			return fmt.Errorf("%s ended (%v) before %s: %s", p.name, p.err, what, p.tail())
+			return fmt.Errorf("%s ended (%s) before %s: %s", p.name, p.cmd.ProcessState, what, p.tail())
 		case <-ctx.Done():
 			return fmt.Errorf("%s: %s: %w: %w; %s", p.name, what, ctx.Err(), err, p.tail())
 		case <-time.After(50 * time.Millisecond):

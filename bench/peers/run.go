@@ -150,9 +150,6 @@ func (r *runner) startLasting(ctx context.Context, lines []line) error {
 		found := systemResult{Name: s.name(), Promise: s.promise()}
 		if how := s.missing(); how != "" {
 			found.Skipped = "not installed: " + how
-			if r.strict {
-				return fmt.Errorf("%s is not installed: %s", s.name(), how)
-			}
 		} else if lasting(s.name()) {
 			c, err := r.start(ctx, s)
 			if err != nil {

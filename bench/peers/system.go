@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"strings"
 
 	"tercet.dev/tercet/bench"
 )
@@ -56,12 +55,6 @@ func (c contender) String() string {
 		return c.System
 	}
 	return c.System + "/" + c.Way
-}
-
-// parseContender reads what String writes.
-func parseContender(s string) contender {
-	name, way, _ := strings.Cut(s, "/")
-	return contender{name, way}
 }
 
 // prepared is a driver that has to be prepared.

@@ -170,8 +170,9 @@ func startAlone(ctx context.Context, binary, data, node string) (*bench.Subject,
 	if err := cmd.Start(); err != nil {
 		return nil, nil, err
 	}
-	done := make(chan error, 1)
-	go func() { done <- cmd.Wait() }()
+	var result error
+	done := make(chan struct{})
+	go func() { defer close(done); result = cmd.Wait() }()
 	stop := func() {
 		_ = cmd.Process.Kill() // it may have ended
 		<-done
@@ -180,8 +181,8 @@ func startAlone(ctx context.Context, binary, data, node string) (*bench.Subject,
 	defer cancel()
 	for !isReady(wait, httpAddr) {
 		select {
-		case err := <-done:
-			return nil, nil, fmt.Errorf("the server ended: %w: %s", err, log.Bytes())
+		case <-done:
+			return nil, nil, fmt.Errorf("the server ended: %w: %s", result, log.Bytes())
 		case <-wait.Done():
 			stop()
 			return nil, nil, fmt.Errorf("the server is not ready: %w: %s", wait.Err(), log.Bytes())
