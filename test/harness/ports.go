@@ -1,10 +1,12 @@
 package harness
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
 	"sync"
+	"syscall"
 	"testing"
 )
 
@@ -15,9 +17,12 @@ var ports struct {
 	taken map[int]bool
 }
 
-// freePort returns a loopback port on which nothing listens. It lies below the range from which the kernel takes
+// freePort returns a loopback port on which nothing listens. They lie below the range from which the kernel takes
 // the ports of outgoing connections, since one of those could sit on a killed node's port when it is restarted.
-func freePort(tb testing.TB) int {
+func freePort(tb testing.TB) int { return FreePorts(tb, 1) }
+
+// FreePorts returns the first of n loopback ports in a row on which nothing listens.
+func FreePorts(tb testing.TB, n int) int {
 	tb.Helper()
 	ports.Lock()
 	defer ports.Unlock()
@@ -26,19 +31,34 @@ func freePort(tb testing.TB) int {
 	}
 	for range 1000 {
 		port := 12_000 + rand.IntN(18_000)
-		if ports.taken[port] {
+		free := 0
+		for free < n && !ports.taken[port+free] && unused(port+free) {
+			free++
+		}
+		if free < n {
 			continue
 		}
-		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
-		if err != nil {
-			continue
+		for i := range n {
+			ports.taken[port+i] = true
 		}
-		l.Close()
-		ports.taken[port] = true
 		return port
 	}
 	tb.Fatal("no free port on 127.0.0.1 between 12000 and 30000")
 	return 0
+}
+
+// unused reports whether nothing listens on the port.
+func unused(port int) bool {
+	for _, host := range []string{"127.0.0.1", "[::1]"} {
+		l, err := net.Listen("tcp", fmt.Sprintf("%s:%d", host, port))
+		switch {
+		case err == nil:
+			l.Close()
+		case errors.Is(err, syscall.EADDRINUSE):
+			return false
+		}
+	}
+	return true
 }
 
 // FreeAddr returns a loopback address on which nothing listens.
