@@ -513,8 +513,23 @@ func (n *Node) raftConfig() *hraft.Config {
 	c.SnapshotInterval, c.SnapshotThreshold, c.TrailingLogs = never, math.MaxUint64, 0
 	c.NoLegacyTelemetry = true
 	c.NotifyCh = n.notify
-	c.Logger = n.log.Named("hraft")
+	c.Logger = raftLogger{n.log.Named("hraft"), n}
 	return c
+}
+
+// raftLogger is what hraft logs to. That a cluster holds its first election is no reason to warn.
+type raftLogger struct {
+	hclog.Logger
+	n *Node
+}
+
+// Warn implements hclog.Logger.
+func (l raftLogger) Warn(msg string, args ...any) {
+	if l.n.clusterID.Load() == nil {
+		l.Info(msg, args...)
+		return
+	}
+	l.Logger.Warn(msg, args...)
 }
 
 // configured is told the latest configuration whenever it changes, committed or not.

@@ -2,8 +2,11 @@ package raft
 
 import (
 	"fmt"
+	"strings"
+	"sync"
 	"testing"
 
+	"github.com/hashicorp/go-hclog"
 	hraft "github.com/hashicorp/raft"
 
 	"tercet.dev/tercet/engine"
@@ -124,5 +127,37 @@ func TestSingleNode(t *testing.T) {
 	got := must(t, c.node("n1"), Proposal{Command: receiveCommand("a", "g", 1)})
 	if len(got.Deliveries) != 1 || string(got.Deliveries[0].Body) != "x" {
 		t.Fatalf("after a restart: %+v", got)
+	}
+}
+
+// lineCounter counts log lines with a text in them.
+type lineCounter struct {
+	mu    sync.Mutex
+	text  string
+	lines []string
+}
+
+func (l *lineCounter) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if strings.Contains(string(p), l.text) {
+		l.lines = append(l.lines, string(p))
+	}
+	return len(p), nil
+}
+
+// Founding a cluster is nothing to warn of, in whatever order its nodes come to know each other.
+func TestFoundingLogsNoWarnings(t *testing.T) {
+	warnings := &lineCounter{text: "[WARN]"}
+	c := newCluster(t, func(cfg *Config) {
+		cfg.Logger = hclog.New(&hclog.LoggerOptions{Output: warnings, Level: hclog.Info})
+	})
+	c.start(founders...)
+	c.inSync(3)
+	c.leader()
+	warnings.mu.Lock()
+	defer warnings.mu.Unlock()
+	for _, line := range warnings.lines {
+		t.Error(line)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"sync"
 	"sync/atomic"
+	"syscall"
 )
 
 // Conn is one established connection that this node dialled. It asks; the other end answers in any order.
@@ -157,5 +158,5 @@ func (c *Conn) dispatch(f frame) error {
 
 // quiet tells whether an ended connection is an ordinary event: the other process went away.
 func quiet(err error) bool {
-	return errors.Is(err, io.EOF) || errors.Is(err, errLinger) || errors.Is(err, ErrClosed) || errors.Is(err, ErrRemoved)
+	return errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, errLinger) || errors.Is(err, ErrClosed) || errors.Is(err, ErrRemoved)
 }

@@ -178,7 +178,7 @@ func (l *Link) run(ctx context.Context) {
 	log := m.log.With("peer", string(l.peer), "purpose", l.purpose.String())
 	backoff := m.o.RedialMin
 	redial := false
-	quietly := EventKind(0) // the kind of failure that has been logged
+	quietly := EventKind(0) // the kind of failure that has been logged of this link
 	for ctx.Err() == nil {
 		l.mu.Lock()
 		address := l.mu.address
@@ -190,11 +190,11 @@ func (l *Link) run(ctx context.Context) {
 			}
 			kind := classify(err)
 			l.set(func() { l.mu.lastErr = err })
-			m.observe(Event{Peer: l.peer, Address: address, Purpose: l.purpose, Kind: kind, Err: err, Redial: redial})
 			if kind != quietly {
 				quietly = kind
-				log.Warn("cannot connect", "address", address, "evidence", kind.String(), "error", err)
+				log.Log(m.outageLevel(l.peer, err), "cannot connect", "address", address, "evidence", kind.String(), "error", err)
 			}
+			m.observe(Event{Peer: l.peer, Address: address, Purpose: l.purpose, Kind: kind, Err: err, Redial: redial})
 			if !l.pause(ctx, backoff) {
 				continue // woken: whoever knocked is there now
 			}
@@ -203,6 +203,7 @@ func (l *Link) run(ctx context.Context) {
 		}
 		established := time.Now()
 		quietly = 0
+		m.outageOver(l.peer)
 		l.set(func() { l.mu.conn, l.mu.lastErr = conn, nil })
 		log.Info("connected", "address", address)
 		m.observe(Event{Peer: l.peer, Address: address, Purpose: l.purpose, Kind: Up, Redial: redial})

@@ -41,6 +41,12 @@ func (l *logBook) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
+func (l *logBook) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
 func (l *logBook) await(t *testing.T, text string) {
 	t.Helper()
 	timeout := time.After(patience)

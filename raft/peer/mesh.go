@@ -128,6 +128,7 @@ type Mesh struct {
 		wires           map[*wire]*Conn // every established connection; nil for accepted ones
 		sessions        int             // accepted connections, handshakes included
 		heard           map[ID]*atomic.Int64
+		away            map[ID]bool // nodes whose present outage has been warned of
 	}
 }
 
@@ -148,6 +149,7 @@ func New(o Options) *Mesh {
 	m.mu.links = make(map[linkKey]*Link)
 	m.mu.wires = make(map[*wire]*Conn)
 	m.mu.heard = make(map[ID]*atomic.Int64)
+	m.mu.away = make(map[ID]bool)
 	return m
 }
 
@@ -398,6 +400,34 @@ func (m *Mesh) hearing(id ID) *atomic.Int64 {
 	return at
 }
 
+// outageLevel tells how loud to be about a failed dial: a warning for each outage of a node, details for who looks for
+// them. Before the cluster is founded nodes come to know each other one by one, and refuse whom they do not know yet.
+func (m *Mesh) outageLevel(id ID, err error) hclog.Level {
+	if m.forming(err) {
+		return hclog.Debug
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.mu.away[id] {
+		return hclog.Info
+	}
+	m.mu.away[id] = true
+	return hclog.Warn
+}
+
+// forming reports whether an error is a refusal of one that is not known yet, before the cluster is founded.
+func (m *Mesh) forming(err error) bool {
+	refused, ok := errors.AsType[*RefusedError](err)
+	return ok && refused.Code == RefusedIdentity && m.Cluster() == ""
+}
+
+// outageOver says that a connection to the node stands.
+func (m *Mesh) outageOver(id ID) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.mu.away, id)
+}
+
 // adopt registers an established connection; it ends it at once if the mesh is closing.
 func (m *Mesh) adopt(w *wire, c *Conn) bool {
 	m.mu.Lock()
@@ -623,7 +653,11 @@ func (m *Mesh) serve(nc net.Conn) {
 	if err != nil {
 		_ = nc.Close()
 		if m.ctx.Err() == nil && !quiet(err) {
-			m.log.Warn("connection refused", "from", nc.RemoteAddr().String(), "node", string(h.ID), "zone", h.Zone, "error", err)
+			level := hclog.Warn
+			if m.forming(err) {
+				level = hclog.Debug
+			}
+			m.log.Log(level, "connection refused", "from", nc.RemoteAddr().String(), "node", string(h.ID), "zone", h.Zone, "error", err)
 		}
 		return
 	}

@@ -595,3 +595,42 @@ func TestCloseEndsEverything(t *testing.T) {
 		t.Errorf("again: %v", err)
 	}
 }
+
+// A node that is gone is warned of once, however many connections there were to it, and once again when it is gone a
+// second time.
+func TestOutageIsWarnedOfOnce(t *testing.T) {
+	a, b := pair(t, nil)
+	address := b.Addr().String()
+	both := func(kind EventKind) {
+		t.Helper()
+		seen := make(map[Purpose]bool)
+		for timeout := time.After(patience); !seen[Control] || !seen[Data]; {
+			select {
+			case e := <-a.events:
+				seen[e.Purpose] = seen[e.Purpose] || e.Kind == kind
+			case <-timeout:
+				t.Fatalf("not %s on both connections:\n%s", kind, a.log.String())
+			}
+		}
+	}
+	warnings := func() int { return strings.Count(a.log.String(), "[WARN]") }
+	for round := 1; round <= 2; round++ {
+		both(Up)
+		if err := b.Close(); err != nil {
+			t.Fatal(err)
+		}
+		both(PortRefused)
+		if n := warnings(); n != round {
+			t.Fatalf("outage %d: %d warnings:\n%s", round, n, a.log.String())
+		}
+		if round == 1 {
+			b = start(t, b.ID(), func(o *Options) {
+				var err error
+				if o.Listener, err = net.Listen("tcp", address); err != nil {
+					t.Fatal(err)
+				}
+			})
+			b.SetPeers(table(a, b))
+		}
+	}
+}

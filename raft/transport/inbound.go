@@ -2,6 +2,7 @@ package transport
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -277,6 +278,9 @@ func (a *answerer) run(ctx context.Context) {
 		if resp.Success && !t.faults.openFollowerGate {
 			if err := t.followerGate(ctx, t.o.Log.Position(h.covers)); err != nil {
 				// The disk will not hold it, or nobody waits: no answer, ever.
+				if errors.Is(err, wal.ErrCanceled) {
+					err = peer.ErrClosed
+				}
 				a.session.Close(err)
 				return
 			}
