@@ -688,7 +688,7 @@ func modelRun(rt *rapid.T, hits map[string]int) {
 			if mc.m.topics[topic] == nil || mc.m.topics[topic].groups[group] == nil {
 				return
 			}
-			parked, err := mc.l.e.Park(&Receive{Topic: topic, Group: group, Max: 1, MaxConcurrency: conc}, mc.l.now, func() {})
+			parked, err := mc.l.e.Park(&Receive{Topic: topic, Group: group, Max: 1, MaxConcurrency: conc, Park: true}, mc.l.now, func() {})
 			if err != nil {
 				rt.Fatal(err)
 			}

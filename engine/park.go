@@ -27,6 +27,8 @@ func (e *Engine) Park(r *Receive, now Stamp, register func()) (parked bool, err 
 		if err != nil || ok {
 			return false, err
 		}
+	} else if !r.Park {
+		return false, nil // likewise
 	}
 	if register != nil {
 		register()

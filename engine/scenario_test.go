@@ -151,7 +151,7 @@ func (s *scenario) run(d *datadriven.TestData, out *strings.Builder) {
 		}
 	case "park":
 		w := words(2)
-		r := &Receive{Topic: w[0], Group: w[1], Max: 1}
+		r := &Receive{Topic: w[0], Group: w[1], Max: 1, Park: true}
 		if v, ok := arg("conc"); ok {
 			r.MaxConcurrency = int(num(v))
 		}

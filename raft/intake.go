@@ -594,6 +594,7 @@ func (in *intake) opened(id engine.IntakeID) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	in.id = id
+	in.numberedAt = in.now() // opening it was a sign of life
 	in.kickLocked()
 }
 

@@ -284,3 +284,30 @@ func TestEachCauseWakes(t *testing.T) {
 		})
 	}
 }
+
+// A poll of a group that is at a limit is told so, whoever set the limit, and does not look as if nothing were there.
+func TestPollAtALimitSaysSo(t *testing.T) {
+	c := newCluster(t, nil)
+	c.start(founders...)
+	c.inSync(3)
+	for _, name := range []string{c.leader(), c.follower()} {
+		n := c.node(name)
+		topic := "limit-" + name
+		must(t, n, Proposal{Command: publishCommand(topic, "x", "y", "z")})
+		set := &engine.GroupSet{Topic: topic, Group: "g", Create: true, Settings: &engine.GroupSettings{MaxConcurrency: 1}}
+		must(t, n, Proposal{Command: set.AppendTo(nil)})
+		for _, group := range []string{"g", "h"} {
+			r := &engine.Receive{Topic: topic, Group: group, Max: 1, Visibility: time.Minute}
+			if group == "h" {
+				r.MaxConcurrency = 1
+			}
+			if got := must(t, n, Proposal{Command: r.AppendTo(nil)}); len(got.Deliveries) != 1 {
+				t.Fatalf("%s through %s: %+v", group, name, got)
+			}
+			got, err := n.Propose(testContext(t), Proposal{Command: r.AppendTo(nil)})
+			if err != nil || got.Code != errs.ConcurrencyLimit || got.Inflight != 1 {
+				t.Errorf("%s through %s, at the limit: %v, %v, %d in flight", group, name, got.Code, err, got.Inflight)
+			}
+		}
+	}
+}

@@ -18,11 +18,11 @@ import (
 // accept takes an op on the node that leads, from its own intake or another node's.
 func (n *Node) accept(o *op) {
 	// A repeat is always proposed: an earlier leader's entry may have leased something under its number.
-	// A poll that may run into a bound on concurrency is too: its answer says so. An ordered one has to see what was
-	// submitted before it, which may not be applied yet.
-	if o.receive != nil && !o.repeat && !o.ordered && n.coal.isOpen() && (o.receive.MaxConcurrency == 0 || !o.parkUntil.IsZero()) {
+	// An ordered poll has to see what was submitted before it, which may not be applied yet.
+	if o.receive != nil && !o.repeat && !o.ordered && n.coal.isOpen() {
 		// A poll that finds nothing costs no entry: it is answered, or parked, from the applied state. It has
-		// to be proposed when it creates the group, and engine.Park says no to that.
+		// to be proposed when it creates the group, or when its answer is that the group is at a limit, and
+		// engine.Park says no to that.
 		place := parked
 		park := func() { place = n.coal.lot.add(o) }
 		if o.parkUntil.IsZero() {
