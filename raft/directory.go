@@ -27,6 +27,8 @@ type card struct {
 	Leads uint64 `json:"leads,omitempty"`
 	// Stalled says that the node's disk has not synced for too long.
 	Stalled bool `json:"stalled,omitempty"`
+	// Draining says that the node is about to stop.
+	Draining bool `json:"draining,omitempty"`
 	// Clock is the cluster time when the card was written, from the node that leads.
 	Clock int64 `json:"clock,omitempty"`
 	// Level is the newest feature level the node's release knows.

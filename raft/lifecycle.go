@@ -23,19 +23,76 @@ const drainPoll = 2 * time.Millisecond
 //  4. Leadership goes to the in-sync voter whose disk has most.
 //
 // Requests of the node's own clients go to the new leader. A node that cannot hand over (it is the only voter, or no
-// other is in sync) stays what it is.
+// other is in sync) stays what it is. When so many others have gone, or are about to, that no majority can take over,
+// there is nothing to wait for.
 func (n *Node) Leave(ctx context.Context) error {
 	if n.draining.CompareAndSwap(false, true) {
 		n.log.Info("draining")
+		n.exchangeNow()
 	}
 	if len(n.voters()) <= 1 || !n.isVoter(n.id) {
 		return nil
 	}
+	ctx, stop := n.whileMajority(ctx, n.stays)
+	defer stop()
 	err := n.handOver(ctx)
-	if err != nil {
+	switch {
+	case err == nil:
+	case errors.Is(context.Cause(ctx), errNoMajority):
+		n.log.Info("not handing over", "reason", errNoMajority)
+		return nil
+	default:
 		n.log.Warn("leaving without having handed over", "error", err)
 	}
 	return err
+}
+
+// errNoMajority ends what only a majority could bring about.
+var errNoMajority = errors.New("a majority of the voters has gone or is stopping")
+
+// whileMajority derives a context that ends when so many voters are gone that no majority is left, this node included.
+func (n *Node) whileMajority(ctx context.Context, there func(engine.NodeID) bool) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	missing := func() bool {
+		voters, left := n.voters(), 0
+		for _, id := range voters {
+			if id == n.id || there(id) {
+				left++
+			}
+		}
+		return left <= len(voters)/2
+	}
+	if missing() {
+		cancel(errNoMajority)
+		return ctx, func() {}
+	}
+	if !n.spawn(func() {
+		t := time.NewTicker(policyEvery)
+		defer t.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-n.stop:
+				return
+			case <-t.C:
+				if missing() {
+					cancel(errNoMajority)
+				}
+			}
+		}
+	}) {
+		cancel(ErrClosed)
+	}
+	return ctx, func() { cancel(nil) }
+}
+
+// runs reports whether a node's port is not known to be closed, stays whether it is not stopping either.
+func (n *Node) runs(id engine.NodeID) bool { return !n.refusing(id) }
+
+func (n *Node) stays(id engine.NodeID) bool {
+	c, at := n.directory.get(id)
+	return n.runs(id) && !(c.Draining && n.now().Sub(at) < leaderNewsMax)
 }
 
 // Drain takes the node out of service without an unknown outcome (decision 28): it does what Leave does, refuses new
@@ -49,6 +106,11 @@ func (n *Node) Drain(ctx context.Context) error {
 	// From here on new requests are refused and waiting receives are answered; what else was taken finishes at
 	// the leader.
 	n.intake.refuse(errs.Of(errs.Draining))
+	if len(n.voters()) > 1 {
+		var stop context.CancelFunc
+		ctx, stop = n.whileMajority(ctx, n.runs)
+		defer stop()
+	}
 	for n.intake.outstanding() > 0 {
 		if perr := n.pause(ctx); perr != nil {
 			return errors.Join(err, perr)

@@ -366,7 +366,7 @@ func (n *Node) successor(name string) (engine.NodeID, error) {
 			}
 			continue
 		}
-		if id == n.id || set == nil || !slices.Contains(set.Nodes, id) || !n.mesh.Connected(peerID(id)) {
+		if id == n.id || set == nil || !slices.Contains(set.Nodes, id) || !n.stays(id) || !n.mesh.Connected(peerID(id)) {
 			continue
 		}
 		if best == "" || n.match(id) > n.match(best) {
@@ -484,7 +484,7 @@ func (n *Node) card() card {
 		clock = n.clock.now().Cluster
 	}
 	return card{ID: n.id, Zone: n.cfg.Zone, Peer: n.cfg.PeerAddr, HTTP: n.cfg.HTTPAddr, Valkey: n.cfg.ValkeyAddr,
-		Version: n.cfg.Version, Free: free, Reserve: reserve, Applied: index, Level: engine.LevelMax(), Leads: leads, Clock: clock, Stalled: n.stalled.Load(),
+		Version: n.cfg.Version, Free: free, Reserve: reserve, Applied: index, Level: engine.LevelMax(), Leads: leads, Clock: clock, Stalled: n.stalled.Load(), Draining: n.draining.Load(),
 		Expected: n.directory.invitations(n.now())}
 }
 

@@ -320,3 +320,61 @@ func TestTransferLeadership(t *testing.T) {
 	}
 	l.check(c, c.node("n3"))
 }
+
+// All nodes are stopped at the same time, as an operator does who stops the cluster: none waits for a majority that will
+// not be there, and each stops as soon as its own requests are done.
+func TestDrainOfAllNodesAtOnce(t *testing.T) {
+	c := newCluster(t, nil)
+	c.start(founders...)
+	c.inSync(3)
+	must(t, c.node("n1"), Proposal{Command: publishCommand("t", "x")})
+	ctx := testContext(t)
+	var wg sync.WaitGroup
+	for _, name := range founders {
+		n := c.node(name)
+		wg.Go(func() {
+			if err := n.Drain(ctx); err != nil && ctx.Err() != nil {
+				t.Errorf("draining %s: %v", name, err)
+			}
+			c.stop(name)
+		})
+	}
+	wg.Wait()
+	if ctx.Err() != nil {
+		t.Error("a node waited for the others")
+	}
+	c.start(founders...)
+	c.inSync(3)
+	if a := must(t, c.node(c.leader()), Proposal{Command: receiveCommand("t", "g", 1)}); len(a.Deliveries) != 1 {
+		t.Errorf("after the restart: %+v", a)
+	}
+}
+
+// The last node that runs stops although it can hand over to nobody, with a request that nobody will decide.
+func TestDrainOfTheLastNode(t *testing.T) {
+	c := newCluster(t, nil)
+	c.start(founders...)
+	c.inSync(3)
+	lead := c.leader()
+	var last *Node
+	for _, name := range founders {
+		switch {
+		case name == lead || last != nil:
+			c.stop(name)
+		default:
+			last = c.node(name)
+		}
+	}
+	got := make(chan error, 1)
+	last.Submit(Proposal{Command: publishCommand("t", "x")}, func(_ Reply, err error) { got <- err })
+	ctx := testContext(t)
+	if err := last.Drain(ctx); err == nil || ctx.Err() != nil {
+		t.Errorf("drained with %v", err)
+	}
+	if err := last.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := <-got; err == nil {
+		t.Error("a request was done without a majority")
+	}
+}
