@@ -53,6 +53,8 @@ type Subscription struct {
 	// CACertificate (PEM) is whom the endpoint's certificate is checked against instead of the system's.
 	CACertificate string `json:"caCertificate,omitempty"`
 
+	// Change is what a POST has done, or with ?dryRun=true would do: created, changed or unchanged.
+	Change string `json:"change,omitempty"`
 	// HasBearerToken, CreatedAt, ChangedAt, Revision and State are set in answers only.
 	HasBearerToken bool   `json:"hasBearerToken,omitempty"`
 	CreatedAt      string `json:"createdAt,omitempty"`
