@@ -92,6 +92,7 @@ Exit codes: 0 ok, 1 failure, 2 usage, 3 not found, 4 precondition, 5 unavailable
 	root.AddCommand(
 		a.devCommand(), a.serverCommand(), a.gatewayCommand(), a.bridgeCommand(),
 		a.sendCommand(), a.receiveCommand(), a.ackCommand(), a.releaseCommand(), a.extendCommand(), a.peekCommand(), a.tailCommand(),
+		a.subscriptionCommand(), a.applyCommand(),
 		a.clusterCommand(), a.tokenCommand(),
 		a.benchCommand(),
 		a.walCommand(), a.versionCommand(),

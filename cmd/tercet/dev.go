@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -24,6 +25,8 @@ type devOptions struct {
 	valkeyMode         string
 	virtualClock       bool
 	durability         string
+	app, vercelJSON    string
+	deployment         string
 }
 
 // The ports of the local cluster's first node.
@@ -42,9 +45,13 @@ func (a *app) devCommand() *cobra.Command {
 		GroupID: groupRun,
 		Long: `Runs a cluster of three nodes on this machine, one child process per zone a, b and c, on 127.0.0.1
 and ::1. Says when all zones are in sync, starts a node again 2 seconds after it died, and stops all of
-them on Ctrl-C. The data stays; the next run goes on with it.`,
+them on Ctrl-C. The data stays; the next run goes on with it.
+
+With --app, messages are pushed to an application on this machine: each function that the vercel.json gives a
+queue trigger gets the messages of its topic, at the route that Next.js or Vercel serve it under.`,
 		Example: examples(`
 			tercet dev
+			tercet dev --app http://localhost:3000 --vercel-json ./vercel.json
 			tercet dev --data /tmp/second --http-port 7311 --peer-port 7411
 			tercet dev -o json | jq -r '.nodes[].http'`),
 		Args:        cobra.NoArgs,
@@ -60,6 +67,9 @@ them on Ctrl-C. The data stays; the next run goes on with it.`,
 	f.IntVar(&o.valkeyPort, "valkey-port", devValkeyPort, "Valkey `port` of node 1; nodes 2 and 3 count up; 0 for none")
 	f.StringVar(&o.valkeyMode, "valkey-mode", "standalone", "what Valkey clients see: standalone or cluster")
 	f.StringVar(&o.durability, "durability", "in-sync", "what a publish waits for: in-sync or all zones")
+	f.StringVar(&o.app, "app", "", "base `URL` of the application that messages are pushed to, as its --vercel-json says")
+	f.StringVar(&o.vercelJSON, "vercel-json", "vercel.json", "`file` with the application's queue triggers; read again when it changes")
+	f.StringVar(&o.deployment, "deployment-id", "", "push only messages of this deployment `ID`")
 	f.BoolVar(&o.virtualClock, "virtual-clock", false, "let POST /v1/clock/advance move the cluster's time, for tests")
 	return cmd
 }
@@ -102,7 +112,10 @@ func (a *app) dev(ctx context.Context, o devOptions) error {
 	if err != nil {
 		return err
 	}
-	args := []string{"--durability", o.durability, "--valkey-mode", o.valkeyMode, "--flush-allowed"}
+	if err := o.checkApp(); err != nil {
+		return usageError{err}
+	}
+	args := []string{"--durability", o.durability, "--valkey-mode", o.valkeyMode, "--flush-allowed", "--push-allow", "127.0.0.0/8,::1/128"}
 	if o.virtualClock {
 		args = append(args, "--virtual-clock")
 	}
@@ -117,6 +130,9 @@ func (a *app) dev(ctx context.Context, o devOptions) error {
 	defer cluster.Stop()
 
 	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var following sync.WaitGroup
+	defer following.Wait()
 	defer cancel()
 	ready := make(chan error, 1)
 	go func() {
@@ -136,12 +152,17 @@ func (a *app) dev(ctx context.Context, o devOptions) error {
 			}
 			ready = nil
 			slow.Stop()
+			if o.app != "" {
+				following.Go(func() { a.followVercel(ctx, cluster, o) })
+			}
 		case err := <-cluster.Failed():
 			return fromLocal(err)
 		case <-slow.C:
 			a.note("still waiting for all zones to come in sync; the logs are in %s", o.data)
 		case <-a.signals:
 			a.note("stopping; press Ctrl-C again to kill the nodes")
+			cancel()
+			following.Wait()
 			return a.stopDev(cluster)
 		}
 	}

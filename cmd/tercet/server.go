@@ -19,6 +19,7 @@ import (
 
 	"tercet.dev/tercet/raft"
 	"tercet.dev/tercet/server"
+	"tercet.dev/tercet/server/push"
 )
 
 // The default addresses of a node: loopback on these ports.
@@ -31,6 +32,9 @@ const (
 // that was acknowledged.
 const shutdownPatience = 10 * time.Second
 
+// pushPatience is how long a stopping node waits for the answers to its pushes.
+const pushPatience = time.Second
+
 // serverOptions are the flags of `tercet server`.
 type serverOptions struct {
 	nodeID, zone, data string
@@ -38,6 +42,8 @@ type serverOptions struct {
 	valkey             valkeyOptions
 	peers, join        []string
 	publicHosts        []string
+	region             string
+	pushAllow          []string
 	durability         string
 	zoneTimeout        time.Duration
 	drainGrace         time.Duration
@@ -62,6 +68,8 @@ func (o *serverOptions) register(f *pflag.FlagSet) {
 	f.StringSliceVar(&o.peers, "peers", nil, "founding members as `n1=H:P,n2=H:P,…`, the same on all of them; read while the data directory is empty")
 	f.StringSliceVar(&o.join, "join", nil, "`addresses` of members to ask for admission with an empty data directory, instead of --peers")
 	f.StringSliceVar(&o.publicHosts, "public-host", nil, "host `names`, besides addresses and localhost, that requests may be addressed to")
+	f.StringVar(&o.region, "region", "iad1", "region `code` that pushed messages name")
+	f.StringSliceVar(&o.pushAllow, "push-allow", nil, "`networks` (10.1.0.0/16, …) that messages may be pushed to although they are not public, also without TLS")
 	f.StringVar(&o.durability, "durability", "in-sync", "what a publish waits for: the disks of the in-sync zones, or of `all` zones")
 	f.DurationVar(&o.zoneTimeout, "zone-timeout", 2*time.Second, "how long a silent zone stays in the in-sync set")
 	f.DurationVar(&o.drainGrace, "drain-grace", time.Second, "how long to go on serving at a stop, with /readyz at 503, while connections are open")
@@ -107,6 +115,9 @@ at once.`,
 	return cmd
 }
 
+// regionCode is what the public client takes for a region; it answers 500 to pushes that name another.
+var regionCode = regexp.MustCompile(`^[a-z]{2,5}[0-9]{1,2}$`)
+
 var nodeName = regexp.MustCompile(`^[A-Za-z0-9_-]{1,64}$`)
 
 // config checks all flags and turns them into the node's configuration. It opens nothing.
@@ -125,6 +136,9 @@ func (o *serverOptions) config() (raft.Config, error) {
 		cfg.Zone = o.nodeID
 	} else if !nodeName.MatchString(cfg.Zone) {
 		problem("--zone %q: want 1 to 64 characters out of A-Z a-z 0-9 _ -", o.zone)
+	}
+	if !regionCode.MatchString(o.region) {
+		problem("--region %q: want two to five letters and one or two digits, as in iad1", o.region)
 	}
 	if o.data == "" {
 		problem("--data is required")
@@ -244,7 +258,11 @@ func (o *serverOptions) logger(w *os.File) (hclog.Logger, error) {
 func (a *app) server(ctx context.Context, o *serverOptions) error {
 	cfg, problem := o.config()
 	log, err := o.logger(os.Stderr)
-	if err := errors.Join(problem, err); err != nil {
+	pushAllow, badNetwork := push.ParseAllow(o.pushAllow)
+	if badNetwork != nil {
+		badNetwork = fmt.Errorf("--push-allow: %w", badNetwork)
+	}
+	if err := errors.Join(problem, err, badNetwork); err != nil {
 		return usageError{err}
 	}
 
@@ -331,13 +349,20 @@ func (a *app) server(ctx context.Context, o *serverOptions) error {
 	defer node.Close()
 	defer secured.follow(ctx, node, log)()
 
+	pusher, err := push.New(push.Options{Backend: node, Region: o.region, Allow: pushAllow, Version: version, Logger: log.Named("push"), Registerer: registry})
+	if err != nil {
+		return err
+	}
+	defer pusher.Close()
 	srv, err := server.New(server.Options{
-		Backend: node, Version: version, Logger: log.Named("http"), Registerer: registry, Gatherer: registry,
+		Extensions: []server.Extension{pusher.Extension()},
+		Backend:    node, Version: version, Logger: log.Named("http"), Registerer: registry, Gatherer: registry,
 		PublicHosts: o.publicHosts, VirtualClock: o.virtualClock, Authorizer: secured.tokens, TLS: secured.tls,
 	})
 	if err != nil {
 		return err
 	}
+	pusher.Start()
 	failed := make(chan error, len(httpListeners)+1)
 	for _, l := range httpListeners {
 		go func() { failed <- srv.Serve(l) }()
@@ -366,7 +391,7 @@ func (a *app) server(ctx context.Context, o *serverOptions) error {
 	}
 
 	notifySystemd("STOPPING=1")
-	return drain(log, srv, valkey, node, o.drainGrace)
+	return drain(log, srv, pusher, valkey, node, o.drainGrace)
 }
 
 // errStopped is the cause of a context that a signal ended.
@@ -375,7 +400,7 @@ var errStopped = errors.New("stopped by a signal")
 // drain stops a serving node without consequences for its clients. Requests are served, by passing them on, until
 // nobody has a connection open or the grace is over: a client that finds out from an answer goes elsewhere, one that
 // finds its connection closed under a request knows nothing.
-func drain(log hclog.Logger, srv *server.Server, valkey *valkeyPort, node *raft.Node, grace time.Duration) error {
+func drain(log hclog.Logger, srv *server.Server, pusher *push.Dispatcher, valkey *valkeyPort, node *raft.Node, grace time.Duration) error {
 	start := time.Now()
 	srv.Drain()
 	valkey.drain()
@@ -394,6 +419,10 @@ func drain(log hclog.Logger, srv *server.Server, valkey *valkeyPort, node *raft.
 		}
 	}()
 	srv.Linger(lingering)
+	// Another node pushes by now. What this one has begun goes on without it: the leases say what becomes of it.
+	pushed, cut := context.WithTimeout(context.Background(), pushPatience)
+	pusher.Drain(pushed)
+	cut()
 	// The node passes requests on to the leader until it is drained, so HTTP ends first.
 	ctx, cancel = context.WithTimeout(context.Background(), shutdownPatience)
 	defer cancel()

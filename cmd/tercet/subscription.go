@@ -76,7 +76,7 @@ once, here. Secrets are read from files, so that they stand in no history.`,
 				to         *string
 			}{
 				{"--secret-file", files.secret, &s.Secret}, {"--bearer-token-file", files.token, &s.BearerToken}, {"--client-cert", files.cert, &s.ClientCertificate},
-				{"--client-key", files.key, &s.ClientKey}, {"--ca", files.ca, &s.CACertificate},
+				{"--client-key", files.key, &s.ClientKey}, {"--endpoint-ca", files.ca, &s.CACertificate},
 			} {
 				if f.file == "" {
 					continue
@@ -121,7 +121,7 @@ once, here. Secrets are read from files, so that they stand in no history.`,
 	flags.StringVar(&files.token, "bearer-token-file", "", "`file` with a token to send in the Authorization header")
 	flags.StringVar(&files.cert, "client-cert", "", "PEM `file` with a certificate to present to the endpoint")
 	flags.StringVar(&files.key, "client-key", "", "PEM `file` with the certificate's key")
-	flags.StringVar(&files.ca, "ca", "", "PEM `file` with the authority of the endpoint's certificate, instead of the system's")
+	flags.StringVar(&files.ca, "endpoint-ca", "", "PEM `file` with the authority of the endpoint's certificate, instead of the system's")
 	_ = cmd.MarkFlagRequired("group") // there is such a flag
 	_ = cmd.MarkFlagRequired("url")
 	return cmd
@@ -134,7 +134,8 @@ func (a *app) subscriptionList() *cobra.Command {
 		Short: "List the subscriptions and how their endpoints fare",
 		Example: examples(`
 			tercet subscription list
-			tercet subscription list -o json | jq -r 'select(.state.breaker=="open") | .url'`),
+			tercet subscription list -o json | jq -r 'select(.state.breaker=="open") | .url'
+			tercet subscription list -o json | jq -r 'select(.source=="dev") | .id'`),
 		Args: cobra.NoArgs,
 		RunE: a.withClient(&c, func(ctx context.Context, cl *client.Client, _ []string) error {
 			all, err := cl.Subscriptions(ctx)
@@ -182,7 +183,8 @@ func (a *app) subscriptionShow() *cobra.Command {
 		Short: "Show one subscription: its settings, and the state of its endpoint",
 		Example: examples(`
 			tercet subscription show sub_abc
-			tercet subscription show sub_abc -o json | jq .state`),
+			tercet subscription show sub_abc -o json | jq .state
+			tercet subscription show sub_abc --server https://queue.example.com:7300`),
 		Args: cobra.ExactArgs(1),
 		RunE: a.withClient(&c, func(ctx context.Context, cl *client.Client, args []string) error {
 			s, err := cl.Subscription(ctx, args[0])
@@ -248,7 +250,9 @@ func (a *app) subscriptionDelete() *cobra.Command {
 		Long: `Deletes subscriptions. Their groups stay, with what they have done: a subscription that is created again goes
 on where this one stopped.`,
 		Example: examples(`
-			tercet subscription delete sub_abc`),
+			tercet subscription delete sub_abc
+			tercet subscription delete sub_abc sub_def
+			tercet subscription list -o json | jq -r 'select(.deploymentId=="dpl_1") | .id' | xargs tercet subscription delete`),
 		Args: cobra.MinimumNArgs(1),
 		RunE: a.withClient(&c, func(ctx context.Context, cl *client.Client, args []string) error {
 			for _, id := range args {
@@ -275,6 +279,7 @@ func (a *app) subscriptionRotate() *cobra.Command {
 overlap is over, so that the endpoint can be changed in between.`,
 		Example: examples(`
 			tercet subscription rotate sub_abc
+			tercet subscription rotate sub_abc --overlap 1h
 			tercet subscription rotate sub_abc --overlap 0s --secret-file new.txt`),
 		Args: cobra.ExactArgs(1),
 		RunE: a.withClient(&c, func(ctx context.Context, cl *client.Client, args []string) error {
@@ -320,6 +325,7 @@ never delivered and how many were delivered and not acknowledged. Exits with 4 w
 deployment is stopped without loss when nothing publishes for it any more and nothing is left.`,
 		Example: examples(`
 			tercet subscription drain dpl_1
+			tercet subscription drain dpl_1 -o json | jq .groups
 			tercet subscription drain dpl_1 --wait 10m && stop-old-deployment`),
 		Args: cobra.ExactArgs(1),
 		RunE: a.withClient(&c, func(ctx context.Context, cl *client.Client, args []string) error {
