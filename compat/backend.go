@@ -27,4 +27,7 @@ type Backend interface {
 	Status() raft.Status
 }
 
-var _ Backend = (*raft.Node)(nil)
+var (
+	_ Backend     = (*raft.Node)(nil)
+	_ Broadcaster = (*raft.Node)(nil)
+)

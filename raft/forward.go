@@ -422,6 +422,8 @@ func (n *Node) forward(ctx context.Context, from peer.Remote, kind peer.Kind, bo
 		return n.serveQuery(ctx, body)
 	case kindCard:
 		return n.serveCard(engine.NodeID(from.ID), body)
+	case kindBroadcast:
+		return n.serveBroadcast(body)
 	case kindAdmin:
 		var a adminRequest
 		if err := json.Unmarshal(body, &a); err != nil {

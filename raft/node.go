@@ -130,6 +130,9 @@ type Node struct {
 		next   time.Time
 	}
 
+	// broadcast answers the messages that front ends of other nodes send to all.
+	broadcast atomic.Pointer[func([]byte) []byte]
+
 	strangersMu sync.Mutex
 	strangers   map[engine.NodeID]stranger
 

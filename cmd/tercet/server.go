@@ -387,7 +387,7 @@ func (a *app) server(ctx context.Context, o *serverOptions) error {
 	case err := <-failed:
 		return fmt.Errorf("HTTP server: %w", err)
 	case err := <-valkey.failures():
-		return fmt.Errorf("Valkey port: %w", err)
+		return fmt.Errorf("the Valkey port: %w", err)
 	}
 
 	notifySystemd("STOPPING=1")
