@@ -27,6 +27,8 @@ const (
 	kindCard
 	// kindAdmin carries an operator's wish to the leader.
 	kindAdmin
+	// kindQueryHere carries a read of what the asked node itself has applied.
+	kindQueryHere
 )
 
 // The body of kindCommand:
@@ -420,6 +422,8 @@ func (n *Node) forward(ctx context.Context, from peer.Remote, kind peer.Kind, bo
 		return n.serveWithdraw(body)
 	case kindQuery:
 		return n.serveQuery(ctx, body)
+	case kindQueryHere:
+		return n.serveQueryHere(body)
 	case kindCard:
 		return n.serveCard(engine.NodeID(from.ID), body)
 	case kindBroadcast:

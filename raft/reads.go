@@ -152,6 +152,28 @@ func (n *Node) tryQuery(ctx context.Context, q *engine.Query) (engine.Answer, er
 	if err != nil {
 		return engine.Answer{}, errs.Of(errs.NotLeader).With(err)
 	}
+	return readAnswer(reply)
+}
+
+// QueryMember reads what a member of the cluster has applied and holds on its own disk, which may be behind what was
+// acknowledged. It is for looking at each replica by itself.
+func (n *Node) QueryMember(ctx context.Context, name string, q engine.Query) (engine.Answer, error) {
+	id, ok := n.memberID(name)
+	switch {
+	case !ok:
+		return engine.Answer{}, errs.New(errs.NotFound, "there is no member %q", name)
+	case id == n.id:
+		return n.StaleQuery(q)
+	}
+	reply, err := n.mesh.Call(ctx, peerID(id), kindQueryHere, engine.AppendQuery(nil, &q))
+	if err != nil {
+		return engine.Answer{}, errs.New(errs.Overloaded, "node %s does not answer", name).With(err)
+	}
+	return readAnswer(reply)
+}
+
+// readAnswer reads what answerOf wrote.
+func readAnswer(reply []byte) (engine.Answer, error) {
 	r := wireReader{b: reply}
 	code := errs.Code(r.uvarint())
 	if r.bad {
@@ -199,10 +221,23 @@ func (n *Node) serveQuery(ctx context.Context, body []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	a, err := n.readLocal(ctx, &q)
+	return answerOf(n.readLocal(ctx, &q)), nil
+}
+
+// serveQueryHere answers another node from this one's own state.
+func (n *Node) serveQueryHere(body []byte) ([]byte, error) {
+	q, err := engine.DecodeQuery(body)
+	if err != nil {
+		return nil, err
+	}
+	return answerOf(n.StaleQuery(q)), nil
+}
+
+// answerOf writes the outcome of a query.
+func answerOf(a engine.Answer, err error) []byte {
 	if err != nil {
 		e := errs.From(err)
-		return append(binary.AppendUvarint(nil, uint64(e.Code)), e.Text()...), nil
+		return append(binary.AppendUvarint(nil, uint64(e.Code)), e.Text()...)
 	}
-	return engine.AppendAnswer(binary.AppendUvarint(nil, uint64(errs.OK)), &a), nil
+	return engine.AppendAnswer(binary.AppendUvarint(nil, uint64(errs.OK)), &a)
 }

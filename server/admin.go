@@ -7,7 +7,6 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"strconv"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -42,9 +41,29 @@ func ownPaths() (paths adminPaths, err error) {
 
 		{"GET", "/v1/topics", Look | someTopics, (*exchange).listTopics},
 		{"GET", "/v1/topics/{topic}", Look, (*exchange).showTopic},
+		{"PUT", "/v1/topics/{topic}", Admin, (*exchange).createTopic},
+		{"PATCH", "/v1/topics/{topic}", Admin, (*exchange).changeTopic},
+		{"DELETE", "/v1/topics/{topic}", Admin, (*exchange).deleteTopic},
+		{"POST", "/v1/topics/{topic}/pause", Admin, (*exchange).pauseTopic},
+		{"POST", "/v1/topics/{topic}/resume", Admin, (*exchange).resumeTopic},
+		{"POST", "/v1/topics/{topic}/purge", Admin, (*exchange).purgeTopic},
+
 		{"GET", "/v1/topics/{topic}/groups", Look, (*exchange).listGroups},
 		{"GET", "/v1/topics/{topic}/groups/{group}", Look, (*exchange).showGroup},
+		{"PUT", "/v1/topics/{topic}/groups/{group}", Admin, (*exchange).createGroup},
+		{"PATCH", "/v1/topics/{topic}/groups/{group}", Admin, (*exchange).changeGroup},
+		{"DELETE", "/v1/topics/{topic}/groups/{group}", Admin, (*exchange).deleteGroup},
+		{"POST", "/v1/topics/{topic}/groups/{group}/pause", Admin, (*exchange).pauseGroup},
+		{"POST", "/v1/topics/{topic}/groups/{group}/resume", Admin, (*exchange).resumeGroup},
+		{"POST", "/v1/topics/{topic}/groups/{group}/seek", Admin, (*exchange).seekGroup},
+		{"GET", "/v1/topics/{topic}/groups/{group}/parked", Receive, (*exchange).listParked},
+		{"POST", "/v1/topics/{topic}/groups/{group}/parked/redrive", Admin, (*exchange).redriveParked},
+		{"POST", "/v1/topics/{topic}/groups/{group}/parked/drop", Admin, (*exchange).dropParked},
+
 		{"GET", "/v1/topics/{topic}/messages", Receive, (*exchange).browse},
+		{"GET", "/v1/topics/{topic}/messages/{messageId}", Receive, (*exchange).showStory},
+		{"PATCH", "/v1/topics/{topic}/messages/{messageId}", Admin, (*exchange).moveDelayed},
+		{"DELETE", "/v1/topics/{topic}/messages/{messageId}", Admin, (*exchange).cancelDelayed},
 	} {
 		if err := paths.add(r.method, r.pattern, r.access, r.handle); err != nil {
 			return nil, err
@@ -311,30 +330,34 @@ func (x *exchange) listGroups() {
 	x.answerJSON(out)
 }
 
-// showGroup answers GET /v1/topics/{topic}/groups/{group}.
+// showGroup answers GET /v1/topics/{topic}/groups/{group}. The first look at a group takes a moment, for its rates.
 func (x *exchange) showGroup() {
-	answer, e := x.ask(engine.Query{Kind: engine.QueryGroup, Topic: x.topic, Group: x.group, Max: 1})
-	if e == nil && len(answer.Groups) == 0 {
-		e = errs.Of(errs.GroupNotFound)
-	}
-	if e != nil {
-		x.fail(e)
-		return
-	}
-	x.answerJSON(groupOf(&answer.Groups[0]))
+	x.manage(func(ctx context.Context) (any, *errs.Error) {
+		if x.r.URL.Query().Get("rates") == "false" {
+			return x.answerGroup(ctx)
+		}
+		g, rates, e := x.groupRates(ctx)
+		if e != nil {
+			return nil, e
+		}
+		out := groupOf(g)
+		out.Rates = rates
+		return out, nil
+	})
 }
 
 func topicOf(t *engine.TopicInfo) wire.Topic {
 	return wire.Topic{
 		Name: t.Name, FirstOffset: t.First, NextOffset: t.Next, Published: t.Published, PublishedBytes: t.Bytes,
-		Groups: t.Groups, OldestAt: timeText(t.OldestAt),
+		Groups: t.Groups, Delayed: t.Delayed, OldestAt: timeText(t.OldestAt), Settings: topicSettingsOf(&t.Settings),
 	}
 }
 
 func groupOf(g *engine.GroupInfo) wire.Group {
 	return wire.Group{
-		Topic: g.Topic, Name: g.Name, NextOffset: g.Offset, Ready: g.Ready, Inflight: g.Inflight, Returned: g.Unsettled - g.Inflight,
-		Delivered: g.Delivered, Redelivered: g.Redelivered, Acknowledged: g.Acknowledged, OldestAt: timeText(g.OldestAt),
+		Topic: g.Topic, Name: g.Name, NextOffset: g.Offset, Depth: g.Ready + uint64(g.Unsettled), Ready: g.Ready, Inflight: g.Inflight,
+		Returned: g.Unsettled - g.Inflight, Parked: g.Parked, Delivered: g.Delivered, Redelivered: g.Redelivered, Acknowledged: g.Acknowledged,
+		OldestAt: timeText(g.OldestAt), Settings: groupSettingsOf(&g.Settings),
 	}
 }
 
@@ -344,53 +367,4 @@ func timeText(ms int64) string {
 		return ""
 	}
 	return string(wire.AppendTime(nil, ms))
-}
-
-// browse answers GET /v1/topics/{topic}/messages?from=&limit=: stored messages from an offset on, whatever any group
-// did with them.
-func (x *exchange) browse() {
-	q, limit, e := x.page()
-	if e != nil {
-		x.fail(e)
-		return
-	}
-	var from uint64
-	if text := q.Get("from"); text != "" {
-		v, err := strconv.ParseUint(text, 10, 64)
-		if err != nil || text[0] == '+' {
-			x.fail(errs.New(errs.BadRequest, "from must be an offset"))
-			return
-		}
-		from = v
-	}
-	answer, e := x.ask(engine.Query{Kind: engine.QueryBrowse, Topic: x.topic, From: from, Max: limit})
-	if e != nil {
-		x.fail(e)
-		return
-	}
-	sealer, e := x.sealer()
-	if e != nil {
-		x.fail(e)
-		return
-	}
-	out := wire.Messages{Messages: make([]wire.BrowsedMessage, 0, len(answer.Messages)), Next: answer.Next}
-	for i := range answer.Messages {
-		d := &answer.Messages[i]
-		if d.Gone {
-			continue
-		}
-		x.chargeBytes(int64(len(d.Body)))
-		m := wire.BrowsedMessage{
-			MessageID: sealer.MessageID(d.ID), Offset: d.Receipt.Offset, Timestamp: timeText(d.PublishedAt), ExpiresAt: timeText(d.ExpiresAt),
-			ContentType: contentType(d), DeploymentID: d.Deployment, Body: d.Body,
-		}
-		if len(d.Headers) > 0 {
-			m.Headers = make(map[string]string, len(d.Headers))
-			for _, h := range d.Headers {
-				m.Headers[h.Name] = h.Value
-			}
-		}
-		out.Messages = append(out.Messages, m)
-	}
-	x.answerJSON(out)
 }

@@ -30,4 +30,12 @@ type Backend interface {
 	TransferLeadership(ctx context.Context, name string) error
 }
 
-var _ Backend = (*raft.Node)(nil)
+// memberReader is a Backend that can have each member read what it has applied and stored by itself.
+type memberReader interface {
+	QueryMember(ctx context.Context, name string, q engine.Query) (engine.Answer, error)
+}
+
+var (
+	_ Backend      = (*raft.Node)(nil)
+	_ memberReader = (*raft.Node)(nil)
+)

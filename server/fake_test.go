@@ -53,6 +53,10 @@ func (f *fakeBackend) Query(ctx context.Context, q engine.Query) (engine.Answer,
 	return engine.Answer{}, nil
 }
 
+func (f *fakeBackend) QueryMember(ctx context.Context, _ string, q engine.Query) (engine.Answer, error) {
+	return f.Query(ctx, q)
+}
+
 func (f *fakeBackend) Status() raft.Status { return f.status }
 func (f *fakeBackend) Secret() []byte      { return fakeSecret }
 func (f *fakeBackend) Ready() error        { return f.ready }

@@ -49,10 +49,11 @@ func FuzzExtendBody(f *testing.F) {
 		f.Add([]byte(s))
 	}
 	f.Fuzz(func(t *testing.T, body []byte) {
-		v, e := parseExtend(body)
+		in, e := parseExtend(body)
 		if e != nil {
 			return
 		}
+		v := in.seconds
 		var doc map[string]json.RawMessage
 		if err := json.Unmarshal(body, &doc); err != nil {
 			t.Fatalf("%q was accepted and is no object: %v", body, err)
@@ -68,8 +69,18 @@ func TestExtendBodyAccepted(t *testing.T) {
 		`{"visibilityTimeoutSeconds":30}`: 30, `{"visibilityTimeoutSeconds": 0 }`: 0, "{\r\n\t\"visibilityTimeoutSeconds\" : 3600}\n": 3600,
 		`{"other":"x","visibilityTimeoutSeconds":1,"more":null}`: 1,
 	} {
-		if v, e := parseExtend([]byte(body)); e != nil || v != want {
-			t.Errorf("%q: %d %v, want %d", body, v, e, want)
+		if v, e := parseExtend([]byte(body)); e != nil || v != (extension{seconds: want}) {
+			t.Errorf("%q: %+v %v, want %d", body, v, e, want)
+		}
+	}
+	body := `{"visibilityTimeoutSeconds":5,"release":true,"reason":"no \"stock\""}`
+	if v, e := parseExtend([]byte(body)); e != nil || v != (extension{5, true, `no "stock"`}) {
+		t.Errorf("%s: %+v %v", body, v, e)
+	}
+	for _, body := range []string{`{"visibilityTimeoutSeconds":5,"release":1}`, `{"visibilityTimeoutSeconds":5,"reason":"x"}`, `{"release":true}`, `{"visibilityTimeoutSeconds":5,"release":true,"reason":1}`,
+		`{"visibilityTimeoutSeconds":5,"release":true,"reason":"` + strings.Repeat("x", 1025) + `"}`} {
+		if v, e := parseExtend([]byte(body)); e == nil {
+			t.Errorf("%.80s is read as %+v", body, v)
 		}
 	}
 }

@@ -156,6 +156,7 @@ type Server struct {
 	contact    ContactStore
 	worth      string
 	openAPI    func() (openAPI, error)
+	rates      rates
 	tls        *tls.Config
 	virtual    bool
 	limits     Limits

@@ -11,6 +11,7 @@ import (
 
 	"tercet.dev/tercet/engine"
 	"tercet.dev/tercet/internal/errs"
+	"tercet.dev/tercet/internal/limits"
 	"tercet.dev/tercet/raft"
 	"tercet.dev/tercet/server/wire"
 )
@@ -37,13 +38,17 @@ func (x *exchange) extend() {
 		x.fail(e)
 		return
 	}
-	seconds, e := parseExtend(buf.b)
+	in, e := parseExtend(buf.b)
 	if e != nil {
 		x.fail(e)
 		return
 	}
-	visibility := time.Duration(seconds) * time.Second
-	if e := x.settle(engine.Settle{Op: engine.Extend, Visibility: visibility}); e != nil {
+	visibility := time.Duration(in.seconds) * time.Second
+	settle := engine.Settle{Op: engine.Extend, Visibility: visibility}
+	if in.release {
+		settle.Op, settle.Reason = engine.Release, in.reason
+	}
+	if e := x.settle(settle); e != nil {
 		if e.Code == errs.ExtendPastExpiry && e.Fields != nil {
 			e.Fields["requestedExpiresAt"] = string(wire.AppendTime(nil, time.Now().Add(visibility).UnixMilli()))
 		}
@@ -96,61 +101,81 @@ func (x *exchange) settle(s engine.Settle) *errs.Error {
 	return nil
 }
 
-// parseExtend reads {"visibilityTimeoutSeconds": n}. Members it does not know are passed over; a member twice, a
-// fraction, an exponent, and anything behind the object are refused.
-func parseExtend(body []byte) (int64, *errs.Error) {
+// extension is what a visibility change asks for: another end of the lease, or with release its end now and the message
+// again after that time.
+type extension struct {
+	seconds int64
+	release bool
+	// reason is why, kept as the message's last error for the group.
+	reason string
+}
+
+// parseExtend reads {"visibilityTimeoutSeconds": n, "release": bool, "reason": text}, the latter two optional. Members it
+// does not know are passed over; a member twice, a fraction, an exponent, and anything behind the object are refused.
+func parseExtend(body []byte) (in extension, e *errs.Error) {
 	const member = "visibilityTimeoutSeconds"
 	malformed := errs.New(errs.InvalidBody, `the body must be {"%s": n} with a whole number from 0 to %d`, member, visibilityMax)
 	// What clients send, without looking further.
 	if rest, ok := bytes.CutPrefix(body, []byte(`{"`+member+`":`)); ok {
 		if digits, ok := bytes.CutSuffix(rest, []byte("}")); ok {
 			if v, ok := jsonInteger(string(bytes.Trim(digits, " \t\r\n"))); ok && v <= visibilityMax {
-				return v, nil
+				return extension{seconds: v}, nil
 			}
 		}
 	}
 	if !utf8.Valid(body) {
-		return 0, malformed
+		return in, malformed
 	}
 	dec := json.NewDecoder(bytes.NewReader(body))
 	dec.UseNumber()
 	seen := make(map[string]bool)
-	value, found := int64(0), false
 	if t, err := dec.Token(); err != nil || t != json.Delim('{') {
-		return 0, malformed
+		return in, malformed
 	}
 	for dec.More() {
 		t, err := dec.Token()
 		name, ok := t.(string)
 		if err != nil || !ok || seen[name] {
-			return 0, malformed
+			return in, malformed
 		}
 		seen[name] = true
 		t, err = dec.Token()
 		if err != nil {
-			return 0, malformed
+			return in, malformed
 		}
-		if name == member {
+		switch name {
+		case member:
 			n, ok := t.(json.Number)
-			if !ok {
-				return 0, malformed
+			if ok {
+				in.seconds, ok = jsonInteger(n.String())
 			}
-			if value, found = jsonInteger(n.String()); !found || value > visibilityMax {
-				return 0, malformed
+			if !ok || in.seconds > visibilityMax {
+				return in, malformed
 			}
-			continue
-		}
-		if _, nested := t.(json.Delim); nested {
-			return 0, malformed
+		case "release":
+			if in.release, ok = t.(bool); !ok {
+				return in, errs.New(errs.InvalidBody, "release must be true or false")
+			}
+		case "reason":
+			if in.reason, ok = t.(string); !ok || len(in.reason) > limits.ReasonBytesMax {
+				return in, errs.New(errs.InvalidBody, "reason must be a text of at most %d bytes", limits.ReasonBytesMax)
+			}
+		default:
+			if _, nested := t.(json.Delim); nested {
+				return in, malformed
+			}
 		}
 	}
-	if _, err := dec.Token(); err != nil || !found { // the closing brace
-		return 0, malformed
+	if _, err := dec.Token(); err != nil || !seen[member] { // the closing brace
+		return in, malformed
 	}
 	if _, err := dec.Token(); err != io.EOF {
-		return 0, malformed
+		return in, malformed
 	}
-	return value, nil
+	if in.reason != "" && !in.release {
+		return in, errs.New(errs.InvalidBody, "a reason goes with \"release\": true")
+	}
+	return in, nil
 }
 
 // jsonInteger reads a JSON number that is written as a whole one and is not negative.

@@ -2,7 +2,10 @@
 // types, the JSON documents of /v1, and the compact framing of message batches. It imports nothing of Tercet.
 package wire
 
-import "time"
+import (
+	"encoding/json"
+	"time"
+)
 
 // Header names in canonical form, so that they can index an http.Header directly.
 const (
@@ -173,8 +176,20 @@ type Topic struct {
 	Published      uint64 `json:"published"`
 	PublishedBytes uint64 `json:"publishedBytes"`
 	Groups         int    `json:"groups"`
+	// Delayed counts messages that are not visible yet.
+	Delayed uint64 `json:"delayed"`
 	// OldestAt is when the oldest stored message was published.
-	OldestAt string `json:"oldestAt,omitempty"`
+	OldestAt string        `json:"oldestAt,omitempty"`
+	Settings TopicSettings `json:"settings"`
+}
+
+// TopicSettings are what an operator says about a topic. 0 leaves the cluster's limit in force.
+type TopicSettings struct {
+	Paused                  bool   `json:"paused"`
+	RetentionDefaultSeconds int64  `json:"retentionDefaultSeconds"`
+	RetentionMaxSeconds     int64  `json:"retentionMaxSeconds"`
+	MessageBytesMax         int64  `json:"messageBytesMax"`
+	DepthMax                uint64 `json:"depthMax"`
 }
 
 // Groups is the answer to GET /v1/topics/{topic}/groups. Next, when set, is the ?after= of the next page.
@@ -189,23 +204,174 @@ type Group struct {
 	Name  string `json:"name"`
 	// NextOffset is the first offset the group has not looked at.
 	NextOffset uint64 `json:"nextOffset"`
-	// Ready counts messages the group was never given, Inflight those under a lease, Returned those whose lease
-	// ended without an acknowledgement.
+	// Depth is Ready, Inflight and Returned together. Ready counts messages the group was never given, Inflight those
+	// under a lease, Returned those whose lease ended without an acknowledgement, Parked those it gave up and keeps.
+	Depth    uint64 `json:"depth"`
 	Ready    uint64 `json:"ready"`
 	Inflight int    `json:"inflight"`
 	Returned int    `json:"returned"`
+	Parked   int    `json:"parked"`
 	// Delivered, Redelivered and Acknowledged count for ever.
 	Delivered    uint64 `json:"delivered"`
 	Redelivered  uint64 `json:"redelivered"`
 	Acknowledged uint64 `json:"acknowledged"`
 	// OldestAt is when the oldest message the group has not settled was published.
-	OldestAt string `json:"oldestAt,omitempty"`
+	OldestAt string        `json:"oldestAt,omitempty"`
+	Settings GroupSettings `json:"settings"`
+	// Rates are there when one group is asked for.
+	Rates *GroupRates `json:"rates,omitempty"`
+}
+
+// GroupRates are how a group gets on, as this node has seen it over a while.
+type GroupRates struct {
+	// OverSeconds is how long that was.
+	OverSeconds float64 `json:"overSeconds"`
+	// ArrivalPerSecond counts publishes, DrainPerSecond acknowledgements, ReachedPerSecond first deliveries.
+	ArrivalPerSecond float64 `json:"arrivalPerSecond"`
+	DrainPerSecond   float64 `json:"drainPerSecond"`
+	ReachedPerSecond float64 `json:"reachedPerSecond"`
+	// SecondsToDrain is when the group has nothing left if both rates go on; absent when it never has.
+	SecondsToDrain *float64 `json:"secondsToDrain,omitempty"`
+	// Delayed counts messages of the topic that are not visible yet.
+	Delayed uint64 `json:"delayed"`
+	// ExpiringUnreached counts messages that will expire before the group reaches them at this rate.
+	ExpiringUnreached uint64 `json:"expiringUnreached"`
+}
+
+// GroupSettings are what an operator says about a group.
+type GroupSettings struct {
+	Paused bool `json:"paused"`
+	// MaxDeliveries is after how many deliveries a message is given up, 0 for never: then it is parked, or counts as
+	// acknowledged without Park.
+	MaxDeliveries uint32 `json:"maxDeliveries"`
+	Park          bool   `json:"park"`
+	// ParkedRetentionSeconds is how long a parked message is kept at least; 0 is its own retention.
+	ParkedRetentionSeconds int64 `json:"parkedRetentionSeconds"`
+	RetryAfterSeconds      int64 `json:"retryAfterSeconds"`
+	InitialDelaySeconds    int64 `json:"initialDelaySeconds"`
+	// MaxConcurrency bounds the messages under lease, 0 for no bound.
+	MaxConcurrency int `json:"maxConcurrency"`
+	// PendingSeconds is the lease of what Valkey clients are given, 0 for none.
+	PendingSeconds int64 `json:"pendingSeconds"`
+	// DeploymentID is the partition of receives that name none; ExcludeDeployments are those that they do not see.
+	DeploymentID       string   `json:"deploymentId"`
+	ExcludeDeployments []string `json:"excludeDeployments"`
+}
+
+// Start is a place in a topic.
+type Start struct {
+	// At is "beginning" (the default), "end", "time" or "id".
+	At string `json:"at,omitempty"`
+	// Time is with "time": the first message published then or later.
+	Time string `json:"time,omitempty"`
+	// ID is with "id": behind this stream ID, as Valkey writes it.
+	ID string `json:"id,omitempty"`
+}
+
+// NewGroup is the body of PUT /v1/topics/{topic}/groups/{group}.
+type NewGroup struct {
+	Start    Start           `json:"start,omitzero"`
+	Settings json.RawMessage `json:"settings,omitempty"`
+}
+
+// Parked is the answer to GET /v1/topics/{topic}/groups/{group}/parked. Next is the ?from= to go on with, 0 at the end.
+type Parked struct {
+	Messages []ParkedMessage `json:"messages"`
+	Next     uint64          `json:"next"`
+}
+
+// ParkedMessage is a message that a group gave up.
+type ParkedMessage struct {
+	BrowsedMessage
+	Deliveries uint32 `json:"deliveries"`
+	ParkedAt   string `json:"parkedAt"`
+	// LastError is the last reason a release gave.
+	LastError string `json:"lastError,omitempty"`
+}
+
+// ParkedChange is the body of …/parked/redrive and …/parked/drop: which messages, all conditions together.
+type ParkedChange struct {
+	MessageIDs []string `json:"messageIds,omitempty"`
+	// Error is a part of the last error.
+	Error string `json:"error,omitempty"`
+	// Since and Until bound the time of parking.
+	Since string `json:"since,omitempty"`
+	Until string `json:"until,omitempty"`
+	// All says that a change without any condition is meant.
+	All bool `json:"all,omitempty"`
+	// Max bounds the messages that are changed, 0 for no bound.
+	Max    int  `json:"max,omitempty"`
+	DryRun bool `json:"dryRun,omitempty"`
+	// RatePerSecond spreads a redrive over time, 0 for at once.
+	RatePerSecond int `json:"ratePerSecond,omitempty"`
+}
+
+// ParkedChanged is the answer to it.
+type ParkedChanged struct {
+	Count  int64 `json:"count"`
+	DryRun bool  `json:"dryRun"`
+}
+
+// Move is the body of PATCH on a delayed message. DelaySeconds counts from now.
+type Move struct {
+	DelaySeconds *int64 `json:"delaySeconds"`
+}
+
+// Story is the answer to GET /v1/topics/{topic}/messages/{id}.
+type Story struct {
+	MessageID string `json:"messageId"`
+	Topic     string `json:"topic"`
+	// State is "delayed", or "visible" once the message is in the log.
+	State string `json:"state"`
+	// DuplicateOf is set for a message that an idempotency key dropped: the rest tells of the original.
+	DuplicateOf  string            `json:"duplicateOf,omitempty"`
+	Offset       uint64            `json:"offset"`
+	PublishedAt  string            `json:"publishedAt"`
+	VisibleAt    string            `json:"visibleAt,omitempty"`
+	ExpiresAt    string            `json:"expiresAt,omitempty"`
+	ContentType  string            `json:"contentType"`
+	DeploymentID string            `json:"deploymentId,omitempty"`
+	Headers      map[string]string `json:"headers,omitempty"`
+	Bytes        int64             `json:"bytes"`
+	// CRC32C is the checksum of the body, 8 hexadecimal digits.
+	CRC32C string       `json:"crc32c"`
+	Groups []GroupStory `json:"groups"`
+	// Zones are there with ?verify=true: what each node read from its own disk.
+	Zones []ZoneCopy `json:"zones,omitempty"`
+	// Verified is there with ?verify=true, and set when all nodes hold the same bytes.
+	Verified *bool `json:"verified,omitempty"`
+}
+
+// GroupStory is what one group did with a message.
+type GroupStory struct {
+	Group string `json:"group"`
+	// State is ready, leased, waiting, parked or acknowledged.
+	State       string `json:"state"`
+	Deliveries  uint32 `json:"deliveries"`
+	LeasedAt    string `json:"leasedAt,omitempty"`
+	LeasedUntil string `json:"leasedUntil,omitempty"`
+	NextAt      string `json:"nextAt,omitempty"`
+	ParkedAt    string `json:"parkedAt,omitempty"`
+	LastError   string `json:"lastError,omitempty"`
+}
+
+// ZoneCopy is one node's copy of a message.
+type ZoneCopy struct {
+	Node   string `json:"node"`
+	Zone   string `json:"zone"`
+	Bytes  int64  `json:"bytes"`
+	CRC32C string `json:"crc32c"`
+	// Same is set when bytes and checksum are those the leader has; Error says why there is none to compare.
+	Same  bool   `json:"same"`
+	Error string `json:"error,omitempty"`
 }
 
 // Messages is the answer to GET /v1/topics/{topic}/messages. Next is the ?from= to go on with, 0 at the end.
 type Messages struct {
 	Messages []BrowsedMessage `json:"messages"`
 	Next     uint64           `json:"next"`
+	// After, when set, is the ?after= of the next page of delayed messages.
+	After string `json:"after,omitempty"`
 }
 
 // BrowsedMessage is a stored message, apart from any group. Body is base64 on the wire.
@@ -217,7 +383,9 @@ type BrowsedMessage struct {
 	ContentType  string            `json:"contentType"`
 	DeploymentID string            `json:"deploymentId,omitempty"`
 	Headers      map[string]string `json:"headers,omitempty"`
-	Body         []byte            `json:"body"`
+	Bytes        int64             `json:"bytes"`
+	// Body is left out of a large message, and where it was not asked for.
+	Body []byte `json:"body,omitempty"`
 }
 
 // Tokens is the answer to GET /v1/tokens.
