@@ -58,6 +58,9 @@ func (e *Engine) apply(index, term uint64, entry []byte, results []Result, fx *E
 	e.stamp.Cluster = max(e.stamp.Cluster, head.stamp.Cluster)
 	e.stamp.Wall = max(e.stamp.Wall, head.stamp.Wall)
 	e.closeSilent()
+	if len(e.uploads) > 0 {
+		e.endUploads(func(u *upload) bool { return u.deadline <= e.stamp.Cluster })
+	}
 	if err := e.mature(); err != nil {
 		return results, err
 	}
@@ -99,6 +102,7 @@ func (e *Engine) apply(index, term uint64, entry []byte, results []Result, fx *E
 			}
 		}
 		at := uint32(len(entry) - len(r.b) - len(it.command))
+		e.intake = it.intake
 		if err := e.command(it.command, at, res); err != nil {
 			return results, err
 		}
@@ -138,7 +142,7 @@ func (e *Engine) begin(index, term uint64, entry []byte, fx *Effects) {
 	e.applying, e.entry, e.fx = true, entry, fx
 	e.pos, e.advance = 0, 0
 	e.open, e.touched = e.open[:0], e.touched[:0]
-	e.staging, e.newKeys = e.staging[:0], e.newKeys[:0]
+	e.staging, e.newKeys, e.newParts, e.newLarge = e.staging[:0], e.newKeys[:0], e.newParts[:0], e.newLarge[:0]
 }
 
 func (e *Engine) end() {
@@ -219,6 +223,7 @@ func (e *Engine) closeSilent() {
 }
 
 func (e *Engine) closeIntake(id IntakeID) {
+	e.endUploads(func(u *upload) bool { return u.intake == id })
 	delete(e.intakes, id)
 	e.removedIntakes = append(e.removedIntakes, id)
 }

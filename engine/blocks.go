@@ -405,6 +405,11 @@ func (d *Delivery) fill(rec *record) {
 	d.Headers = rec.decodeHeaders()
 	d.Deployment = string(rec.deployment)
 	d.Body = rec.body
+	if rec.flags&recordLarge != 0 {
+		l, _ := parseLarge(rec.body)
+		l.Topic = d.Receipt.Topic
+		d.Large, d.Body = &l, []byte{}
+	}
 }
 
 // Load fills the contents of deliveries that Apply granted or a Query found. It may be called from any

@@ -113,6 +113,7 @@ func (e *Engine) encodeDirty(batch *pebble.Batch) {
 	}
 	e.removedTopics, e.removedGroups = nil, nil
 	e.encodeChanges(batch)
+	e.encodeUploads(batch)
 	e.dropKeyBuckets(batch, now)
 	var from dueKey
 	if d := e.durable.Load(); d != nil {
@@ -264,6 +265,9 @@ func (e *Engine) sweep(batch *pebble.Batch, s *state) (floors map[uint64]floor, 
 	if err := e.sweepStaged(batch, upto); err != nil {
 		return nil, 0, err
 	}
+	if err := e.sweepLarge(batch, upto); err != nil {
+		return nil, 0, err
+	}
 	if len(byTopic) > 0 {
 		_ = batch.DeleteRange(e.keys.key(rowExpiry, uint64(e.swept)), e.keys.key(rowExpiry, uint64(upto)+1), nil)
 	}
@@ -365,6 +369,7 @@ func (e *Engine) appendCanonical(b []byte) []byte {
 	}
 	b = e.canonicalDocuments(b)
 	b = e.canonicalChanges(b)
+	b = e.canonicalUploads(b)
 	var row []byte
 	b = binary.AppendUvarint(b, uint64(len(e.byInc)))
 	for _, inc := range sortedKeys(e.byInc) {

@@ -94,7 +94,9 @@ type Engine struct {
 	// delayNext is no later than the first time at which a delayed message is due; 0 before that was looked up.
 	delayNext int64
 	// uploads are the large messages under way.
-	uploads map[uint64]*upload
+	uploads        map[uint64]*upload
+	removedUploads []uint64
+	deadParts      []deadParts
 	// removedTopics and removedGroups (topic, group) have rows that go with the next checkpoint.
 	removedTopics []uint64
 	removedGroups [][2]uint64
@@ -118,6 +120,9 @@ type Engine struct {
 	specials []special
 	staging  []*topic
 	newKeys  []newKey
+	newParts []part
+	newLarge []largeEnd
+	intake   IntakeID // of the command being applied
 	scratch  []Delivery
 	touched  []*group
 	advance  int64
@@ -261,7 +266,7 @@ func (e *Engine) resetMemory() {
 	e.removedTopics, e.removedGroups, e.freeGroups = nil, nil, nil
 	e.changes, e.removedChanges, e.moved = make(map[delayKey]*delayChange), nil, nil
 	e.keyFilters, e.entryKeys = make(map[keyBucket]*keyFilter), nil
-	e.uploads = make(map[uint64]*upload)
+	e.uploads, e.removedUploads, e.deadParts = make(map[uint64]*upload), nil, nil
 	e.delayNext = never
 	e.recent, e.recentHead, e.recentBytes = nil, 0, 0
 	e.due, e.tidyAt = nil, 0
@@ -361,6 +366,15 @@ func (e *Engine) load() error {
 		return err
 	}
 	e.delayNext = 0
+	err = e.scan(rowUpload, func(key, v []byte) error {
+		id, _ := keyPart(key, 0)
+		u, err := parseUpload(id, v)
+		e.uploads[id] = u
+		return err
+	})
+	if err != nil {
+		return err
+	}
 	if err := e.scan(rowDocument, e.loadDocument); err != nil {
 		return err
 	}

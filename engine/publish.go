@@ -45,7 +45,12 @@ func (e *Engine) applyPublish(r *reader, end uint32, res *Result) error {
 	if res.Code != errs.OK {
 		return nil
 	}
-	return e.publish(name, res)
+	t, code := e.topicNamed(name)
+	if code != errs.OK {
+		res.Code = code
+		return nil
+	}
+	return e.publish(t, res)
 }
 
 func (e *Engine) beginPublish() {
@@ -83,12 +88,7 @@ func (e *Engine) noteRecord(rec *record, start, size uint32) (code errs.Code) {
 }
 
 // publish puts the messages noted into the topic, all or none.
-func (e *Engine) publish(name []byte, res *Result) error {
-	t, code := e.topicNamed(name)
-	if code != errs.OK {
-		res.Code = code
-		return nil
-	}
+func (e *Engine) publish(t *topic, res *Result) error {
 	n := len(e.heads)
 	if t.settings != (TopicSettings{}) || len(e.specials) > 0 {
 		if code, err := e.bound(t); code != errs.OK || err != nil {
@@ -272,10 +272,13 @@ func (e *Engine) store(entry []byte) error {
 			return err
 		}
 	}
-	if len(e.open) == 0 && len(e.staging) == 0 && len(e.newKeys) == 0 {
+	if len(e.open) == 0 && len(e.staging) == 0 && len(e.newKeys) == 0 && len(e.newParts) == 0 {
 		return nil
 	}
 	size := 64 * len(e.newKeys)
+	for i := range e.newParts {
+		size += len(e.newParts[i].data) + 128
+	}
 	for _, t := range e.staging {
 		for i := range t.staged {
 			size += int(t.staged[i].size) + 128
@@ -297,7 +300,10 @@ func (e *Engine) store(entry []byte) error {
 		t.staged = t.staged[:0]
 	}
 	e.putKeys(batch)
-	e.staging, e.newKeys = e.staging[:0], e.newKeys[:0]
+	e.putParts(batch)
+	e.staging, e.newKeys, e.newLarge = e.staging[:0], e.newKeys[:0], e.newLarge[:0]
+	clear(e.newParts) // they hold on to the entry
+	e.newParts = e.newParts[:0]
 	clear(e.entryKeys)
 	if err := batch.Commit(pebble.NoSync); err != nil {
 		return fmt.Errorf("writing blocks: %w", err)

@@ -21,6 +21,14 @@ func (e *Engine) applyQueue(k Kind, r *reader, end uint32, res *Result) error {
 		return e.applyParked(r, res)
 	case CmdDelayed:
 		return e.applyDelayed(r, res)
+	case CmdUploadOpen:
+		return e.applyUploadOpen(r, res)
+	case CmdUploadPart:
+		e.applyUploadPart(r, res)
+	case CmdUploadCommit:
+		return e.applyUploadCommit(r, end, res)
+	case CmdUploadAbort:
+		e.applyUploadAbort(r, res)
 	default:
 		decodeQueue(k, r)
 		res.Code = errs.Unsupported

@@ -27,13 +27,16 @@ const (
 	rowStagedExpiry = 'W' // expiry tick, topic, raft index; written once
 	rowPlace        = 'R' // topic, raft index, position -> where matured messages are in the log; written once
 	rowChange       = 'J' // topic, raft index, position -> a delayed message that was cancelled or moved; checkpoint
+	rowPart         = 'L' // topic, upload, number -> a part; written once
+	rowLargeExpiry  = 'H' // expiry tick, topic, upload; written once
+	rowUpload       = 'A' // upload -> upload; checkpoint
 	rowDocument     = 'O' // table, key -> document; checkpoint
 	rowFloor        = 'F' // topic -> where its stored blocks begin; checkpoint, not part of the logical state
-	// Reserved: 'B' offsets by deployment, 'C' consumers, 'L' parts of large messages, 'V' strings.
+	// Reserved: 'B' offsets by deployment, 'C' consumers, 'V' strings.
 )
 
 // topicRows are the kinds whose key begins with a topic.
-var topicRows = []byte{rowBlock, rowPayload, rowByIndex, rowByStream, rowTopic, rowGroup, rowChunk, rowFloor, rowStaged, rowStagedIndex, rowPlace}
+var topicRows = []byte{rowBlock, rowPayload, rowByIndex, rowByStream, rowTopic, rowGroup, rowChunk, rowFloor, rowStaged, rowStagedIndex, rowPlace, rowPart}
 
 const rowVersion = 1
 

@@ -103,6 +103,7 @@ func (e *Engine) dropTopic(t *topic) {
 		e.open = slices.DeleteFunc(e.open, func(o *topic) bool { return o == t })
 		t.open = nil
 	}
+	e.endUploads(func(u *upload) bool { return u.topic == t.inc })
 	if len(t.staged) > 0 {
 		e.staging = slices.DeleteFunc(e.staging, func(o *topic) bool { return o == t })
 		t.staged = nil
@@ -153,6 +154,7 @@ func (e *Engine) purge(t *topic) {
 		t.cut = floor{offset: t.next, index: e.index, stream: t.last.next()}
 	}
 	t.delayed = 0
+	e.purgeParts(t)
 	t.dirty = true
 	for _, inc := range sortedKeys(t.byInc) {
 		g := t.byInc[inc]

@@ -8,7 +8,7 @@ func (e *Engine) Totals() Totals {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	now := e.stamp.Cluster
-	out := Totals{Topics: len(e.topics)}
+	out := Totals{Topics: len(e.topics), Uploads: len(e.uploads)}
 	for _, t := range e.byInc {
 		out.Groups += len(t.groups)
 		out.Delayed += t.delayed
