@@ -839,5 +839,12 @@ func (s *signal) broadcast() {
 	s.ch = make(chan struct{})
 }
 
+// next returns what the next broadcast closes.
+func (s *signal) next() <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.ch
+}
+
 // isVoter reports whether a node votes in the latest configuration.
 func (n *Node) isVoter(id engine.NodeID) bool { return slices.Contains(n.voters(), id) }

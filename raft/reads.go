@@ -139,6 +139,32 @@ func (n *Node) StaleQuery(q engine.Query) (engine.Answer, error) {
 	return a, nil
 }
 
+// LoadPart returns one part of a large message that was delivered or browsed (engine.Engine.LoadPart), from this
+// node's own store. A node that is behind waits until it has applied the message's entry.
+func (n *Node) LoadPart(ctx context.Context, d *engine.Delivery, number uint32) ([]byte, error) {
+	if d.Large == nil {
+		return nil, errs.New(errs.BadRequest, "the message is not in parts")
+	}
+	for {
+		changed := n.appliedSignal.next()
+		if index, _ := n.eng.Applied(); index >= d.ID.Index {
+			break
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil, errs.Of(errs.RequestTimeout).With(ctx.Err())
+		case <-n.stop:
+			return nil, errs.Of(errs.Draining)
+		}
+	}
+	data, err := n.eng.LoadPart(*d.Large, number)
+	if err != nil {
+		return nil, errs.From(err)
+	}
+	return data, nil
+}
+
 // tryQuery asks the leader of the moment once.
 func (n *Node) tryQuery(ctx context.Context, q *engine.Query) (engine.Answer, error) {
 	leader := n.leaderNow()
