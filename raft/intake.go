@@ -104,6 +104,8 @@ type call struct {
 	require Require
 	// since is when a receive began to wait, waitUntil when it gives up; zero for other commands.
 	since, waitUntil time.Time
+	// stop ends the waiting when it is closed.
+	stop <-chan struct{}
 
 	// Guarded by the intake's lock.
 	sentTo   engine.NodeID
@@ -299,8 +301,15 @@ func (in *intake) do(ctx context.Context, c *call) (Reply, *errs.Error) {
 	case <-c.done:
 	case <-ctx.Done():
 		in.abandon(c)
-		<-c.done
+	case <-c.stop:
+		in.endWait(c)
+		select {
+		case <-c.done:
+		case <-ctx.Done():
+			in.abandon(c)
+		}
 	}
+	<-c.done
 	if c.err != nil {
 		return Reply{}, c.err
 	}
@@ -527,6 +536,35 @@ func (in *intake) closedLocked(c *call) {
 	in.endLocked(c, Reply{}, errs.Of(errs.OutcomeUnknown))
 }
 
+// endWait ends the waiting of a receive: what it was given meanwhile is its outcome, or that it was given nothing.
+func (in *intake) endWait(c *call) {
+	in.mu.Lock()
+	var to engine.NodeID
+	var o *op
+	if in.findLocked(c.number) == c && c.abandoned.IsZero() && !c.waitUntil.IsZero() {
+		to, o = in.endWaitLocked(c)
+	}
+	in.unlock()
+	if to != "" {
+		in.sender.withdraw(to, o)
+	}
+}
+
+// endWaitLocked returns what to withdraw from which node.
+func (in *intake) endWaitLocked(c *call) (to engine.NodeID, o *op) {
+	switch {
+	case c.isHeld && !c.proposed:
+		in.endLocked(c, Reply{}, nil)
+		return "", nil
+	case c.isHeld:
+		c.waitUntil = in.now()
+		return "", nil
+	default:
+		c.waitUntil = in.now()
+		return c.sentTo, c.present
+	}
+}
+
 // abandon is called when the caller does not wait any longer.
 func (in *intake) abandon(c *call) {
 	in.mu.Lock()
@@ -616,18 +654,13 @@ func (in *intake) refuse(err *errs.Error) {
 		o  *op
 	}
 	var waiting []sent
-	now := in.now()
 	for n := in.lowest; n < in.next; n++ {
 		c := in.calls[n%uint64(len(in.calls))]
-		switch {
-		case c == nil || c.waitUntil.IsZero():
-		case c.isHeld && !c.proposed:
-			in.endLocked(c, Reply{}, nil)
-		default:
-			c.waitUntil = now
-			if !c.isHeld {
-				waiting = append(waiting, sent{c.sentTo, c.present})
-			}
+		if c == nil || c.waitUntil.IsZero() || !c.abandoned.IsZero() {
+			continue
+		}
+		if to, o := in.endWaitLocked(c); to != "" {
+			waiting = append(waiting, sent{to, o})
 		}
 	}
 	in.unlock()

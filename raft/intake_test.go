@@ -244,6 +244,57 @@ func TestIntakeReleasesWhatAnAbandonedReceiveWasGiven(t *testing.T) {
 	}
 }
 
+// Waiting that is stopped has an outcome: what the receive was given in the last moment, or nothing.
+func TestIntakeStopsWaiting(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		prep func(in *intake)
+		end  func(o *op)
+		want int
+	}{
+		{"held", func(*intake) {}, nil, 0},
+		{"nothing given", func(in *intake) { in.setRoute(route{node: "b"}) }, func(o *op) { o.end(outcome{kind: stillWaiting}) }, 0},
+		{"given", func(in *intake) { in.setRoute(route{node: "b"}) }, func(o *op) {
+			o.result.Deliveries = []engine.Delivery{{Count: 1}}
+			o.end(outcome{kind: replied})
+		}, 1},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := &quietSender{}
+			in := newIntake("self", s, time.Now, 1<<20)
+			in.release = func(*call, []engine.Delivery) { t.Error("released what the caller was given") }
+			in.opened(1)
+			c.prep(in)
+			stop := make(chan struct{})
+			type answer struct {
+				r   Reply
+				err *errs.Error
+			}
+			got := make(chan answer, 1)
+			go func() {
+				r, err := in.do(context.Background(), &call{cmd: []byte("x"), kind: engine.CmdReceive, stop: stop,
+					since: time.Now(), waitUntil: time.Now().Add(time.Hour)})
+				got <- answer{r, err}
+			}()
+			poll(t, "the call", func() bool { return in.outstanding() == 1 })
+			if c.end != nil {
+				poll(t, "the op", func() bool { return len(s.sent()) == 1 })
+			}
+			close(stop)
+			if c.end != nil {
+				poll(t, "the withdrawal", func() bool { s.mu.Lock(); defer s.mu.Unlock(); return len(s.withdrawn) == 1 })
+				c.end(s.sent()[0])
+			}
+			if a := <-got; a.err != nil || len(a.r.Deliveries) != c.want {
+				t.Fatalf("%+v, %v", a.r, a.err)
+			}
+			if n := in.outstanding(); n != 0 {
+				t.Fatalf("%d calls are left", n)
+			}
+		})
+	}
+}
+
 // A receive that waits gets a new number with each slice, so that the lowest one rises, and keeps its place.
 func TestIntakeRenewsTheNumberOfAWaitingReceive(t *testing.T) {
 	s := &quietSender{}

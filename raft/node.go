@@ -753,6 +753,7 @@ func (n *Node) newCall(p Proposal) (*call, error) {
 		if wait {
 			c.since = n.now()
 			c.waitUntil = c.since.Add(p.Wait)
+			c.stop = p.Stop
 		}
 	case engine.CmdAdvance:
 		if !n.cfg.VirtualClock {

@@ -311,3 +311,47 @@ func TestPollAtALimitSaysSo(t *testing.T) {
 		}
 	}
 }
+
+// Waits are stopped while messages arrive for them: each message is delivered once, to the wait that returns it or to
+// the next receive.
+func TestStoppedWaitsLoseNothing(t *testing.T) {
+	c := newCluster(t, nil)
+	c.start(founders...)
+	c.inSync(3)
+	for _, name := range []string{c.leader(), c.follower()} {
+		n := c.node(name)
+		given := 0
+		for i := range 60 {
+			topic := fmt.Sprint("stop-", name, i)
+			must(t, n, Proposal{Command: publishCommand(topic, "first")})
+			must(t, n, Proposal{Command: receiveCommand(topic, "g", 1)})
+			stop := make(chan struct{})
+			got := make(chan Reply, 1)
+			go func() {
+				r, err := n.Propose(testContext(t), Proposal{Command: parkedCommand(topic, "g", 1), Wait: time.Hour, Stop: stop})
+				if err != nil {
+					t.Error(err)
+				}
+				got <- r
+			}()
+			lead := c.node(c.leader())
+			c.eventually("the receive to park", func() bool { return lead.coal.lot.len() == 1 })
+			published := make(chan struct{})
+			go func() {
+				must(t, n, Proposal{Command: publishCommand(topic, "second")})
+				close(published)
+			}()
+			close(stop)
+			r := <-got
+			<-published
+			given += len(r.Deliveries)
+			if len(r.Deliveries) == 0 {
+				r = must(t, n, Proposal{Command: receiveCommand(topic, "g", 1)})
+			}
+			if len(r.Deliveries) != 1 || r.Deliveries[0].Count != 1 || string(r.Deliveries[0].Body) != "second" {
+				t.Fatalf("round %d through %s: %+v", i, name, r.Deliveries)
+			}
+		}
+		t.Logf("through %s: %d of 60 waits were given the message", name, given)
+	}
+}

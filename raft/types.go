@@ -128,6 +128,9 @@ type Proposal struct {
 	Require Require
 	// Wait makes an engine.Receive that finds nothing wait this long for something to be delivered.
 	Wait time.Duration
+	// Stop, when it is closed, ends the waiting of a receive: Propose returns what it was given, or nothing, as soon as
+	// that is certain. A context that ends gives up instead, with an outcome that may be unknown.
+	Stop <-chan struct{}
 	// Timeout is how long Submit awaits the outcome, 0 for as long as the node runs. Propose has its context instead.
 	Timeout time.Duration
 	// Bare leaves the contents of deliveries out where this node can load them later (Reply.Bare).

@@ -39,6 +39,8 @@ func newBlocking() *blocking {
 			return raft.Reply{Result: engine.Result{Published: engine.Published{Index: 1, Count: 1}}, Index: 1, Term: 1, Zones: 3}, nil
 		case <-ctx.Done():
 			return raft.Reply{}, errs.Of(errs.OutcomeUnknown).With(ctx.Err())
+		case <-p.Stop:
+			return raft.Reply{}, nil
 		}
 	}
 	return b

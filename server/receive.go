@@ -5,7 +5,6 @@ import (
 	"crypto/rand"
 	"encoding/base64"
 	"encoding/hex"
-	"errors"
 	"net/http"
 	"strconv"
 	"time"
@@ -157,13 +156,11 @@ func (x *exchange) grant(d delivery, p raft.Proposal) {
 	ctx, cancel := context.WithTimeout(x.r.Context(), x.s.limits.RequestTimeout+p.Wait)
 	defer cancel()
 	if p.Wait > 0 {
-		stop := context.AfterFunc(x.s.drained, cancel)
-		defer stop()
+		p.Stop = x.s.drained.Done()
 	}
 	reply, err := x.s.backend.Propose(ctx, p)
 	switch {
-	case err != nil && p.Wait > 0 && x.s.Draining() && x.r.Context().Err() == nil && errors.Is(ctx.Err(), context.Canceled):
-		// What the wait may have been given in its last moment, the node gives back.
+	case err == nil && reply.Code == errs.OK && len(reply.Deliveries) == 0 && p.Wait > 0 && x.s.Draining():
 		x.fail(errs.New(errs.Draining, "the node is stopping and the wait for messages was cut short"))
 		return
 	case err != nil:
