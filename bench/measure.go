@@ -12,9 +12,9 @@ import (
 // Plan says how a subject is measured.
 type Plan struct {
 	Workload Workload
-	// ViaHTTP has the publishers be HTTP clients in this process. Otherwise they run inside the leader's.
-	ViaHTTP bool
-	// Spread sends HTTP requests to all nodes in turn instead of the leader alone.
+	// Via says where the publishers are: inside the leader, or clients in this process.
+	Via Via
+	// Spread sends clients' requests to all nodes in turn instead of the leader alone.
 	Spread bool
 	// Multipart sends batches over HTTP in the standard framing instead of the compact one.
 	Multipart bool
@@ -29,14 +29,33 @@ type Plan struct {
 	During func(ctx context.Context, s *Subject, leader string)
 }
 
+// Via is a way into a cluster.
+type Via string
+
+// The ways.
+const (
+	// ViaLeader is publishers inside the leader's process: the replicated queue without a protocol.
+	ViaLeader Via = "leader"
+	// ViaHTTP is clients of the queue protocol.
+	ViaHTTP Via = "http"
+	// ViaRESP is clients of the Valkey port.
+	ViaRESP Via = "resp"
+)
+
+// ParseVia checks a way's name.
+func ParseVia(s string) (Via, error) {
+	switch v := Via(s); v {
+	case ViaLeader, ViaHTTP, ViaRESP:
+		return v, nil
+	}
+	return "", fmt.Errorf("%q: want %s, %s or %s", s, ViaLeader, ViaHTTP, ViaRESP)
+}
+
 // Measure puts the workload on the subject and reports. The disk is probed before and after, in the same minute.
 func Measure(ctx context.Context, s *Subject, p Plan) (*Report, error) {
 	r := &Report{
 		Variant: s.Variant, At: time.Now(), Machine: ThisMachine(s.Dir), Workload: p.Workload,
-		Via: "leader", EmulatedSync: s.Delay,
-	}
-	if p.ViaHTTP {
-		r.Via = "http"
+		Via: p.Via, EmulatedSync: s.Delay,
 	}
 	if err := s.identify(ctx); err != nil {
 		return nil, err
@@ -107,17 +126,27 @@ func (r *Report) load(ctx context.Context, s *Subject, p Plan, leader SubjectNod
 		},
 	}
 	var err error
-	if p.ViaHTTP {
-		addrs := []string{leader.HTTP}
-		if p.Spread {
-			addrs = s.httpAddrs()
+	nodes := []SubjectNode{leader}
+	if p.Spread {
+		nodes = s.Nodes
+	}
+	switch p.Via {
+	case ViaHTTP:
+		driver := &HTTPDriver{Workload: p.Workload, Multipart: p.Multipart, Token: p.Token}
+		for _, n := range nodes {
+			driver.Addrs = append(driver.Addrs, n.HTTP)
 		}
-		driver := &HTTPDriver{Addrs: addrs, Workload: p.Workload, Multipart: p.Multipart, Token: p.Token}
-		if err := driver.Prepare(); err != nil {
-			return err
+		r.Result, err = runPrepared(ctx, p.Workload, driver, hooks)
+	case ViaRESP:
+		driver := &RESPDriver{Workload: p.Workload}
+		for _, n := range nodes {
+			if n.RESP == "" {
+				return fmt.Errorf("server %s has no known Valkey port", n.ID)
+			}
+			driver.Addrs = append(driver.Addrs, n.RESP)
 		}
-		r.Result, err = Run(ctx, p.Workload, driver, hooks)
-	} else {
+		r.Result, err = runPrepared(ctx, p.Workload, driver, hooks)
+	default:
 		if leader.Endpoint == "" {
 			return errors.New("publishers inside the leader's process need a cluster that the bench started")
 		}
@@ -132,6 +161,17 @@ func (r *Report) load(ctx context.Context, s *Subject, p Plan, leader SubjectNod
 		r.SyncBytes = int64(c.SyncBytes / c.Syncs)
 	}
 	return nil
+}
+
+// runPrepared prepares a driver and runs the workload with it.
+func runPrepared(ctx context.Context, w Workload, d interface {
+	Driver
+	Prepare() error
+}, hooks Hooks) (*Result, error) {
+	if err := d.Prepare(); err != nil {
+		return nil, err
+	}
+	return Run(ctx, w, d, hooks)
 }
 
 // prober runs the disk probes of one report.

@@ -17,8 +17,8 @@ type Report struct {
 	Version string    `json:"version,omitempty"`
 	At      time.Time `json:"at"`
 	Machine Machine   `json:"machine"`
-	// Via is "leader" for publishers inside the leader's process, or "http".
-	Via        string   `json:"via"`
+	// Via is where the publishers are.
+	Via        Via      `json:"via"`
 	Durability string   `json:"durability"`
 	InSync     []string `json:"inSync"`
 	Nodes      int      `json:"nodes"`
@@ -214,7 +214,7 @@ func (r *Report) cpuRows(row func(name, format string, args ...any)) {
 		return
 	}
 	included := ""
-	if r.Via == "leader" {
+	if r.Via == ViaLeader {
 		included = ", publishers included"
 	}
 	var parts []string

@@ -45,6 +45,13 @@ func serveNode(t *testing.T) *Subject {
 	}
 }
 
+func via(http bool) Via {
+	if http {
+		return ViaHTTP
+	}
+	return ViaLeader
+}
+
 // TestMeasureNode drives a real node both ways, with publishers and consumers.
 func TestMeasureNode(t *testing.T) {
 	s := serveNode(t)
@@ -60,7 +67,7 @@ func TestMeasureNode(t *testing.T) {
 			Topic: c.topic, Publishers: 4, Size: 300, Batch: int(c.batch), Messages: 1000, Retention: time.Minute,
 			Consumers: 3, Group: "g", ReceiveMax: 10,
 		}
-		r, err := Measure(t.Context(), s, Plan{Workload: w, ViaHTTP: c.http, Multipart: c.multipart})
+		r, err := Measure(t.Context(), s, Plan{Workload: w, Via: via(c.http), Multipart: c.multipart})
 		if err != nil {
 			t.Fatalf("%s: %v", c.topic, err)
 		}
@@ -89,7 +96,7 @@ func TestShapesOfNode(t *testing.T) {
 		if http {
 			w.Topic, w.Window = "shapes-http", 1
 		}
-		r, err := Measure(t.Context(), s, Plan{Workload: w, ViaHTTP: http})
+		r, err := Measure(t.Context(), s, Plan{Workload: w, Via: via(http)})
 		if err != nil {
 			t.Fatal(err)
 		}

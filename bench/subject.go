@@ -35,8 +35,9 @@ type Subject struct {
 // SubjectNode is one server.
 type SubjectNode struct {
 	ID string
-	// HTTP is the address of its HTTP server, Endpoint that of its Endpoint if it has one.
-	HTTP, Endpoint string
+	// HTTP is the address of its HTTP server, RESP that of its Valkey port and Endpoint that of its Endpoint, if it
+	// has them.
+	HTTP, RESP, Endpoint string
 	// Data is its data directory, if it is on this machine.
 	Data string
 }

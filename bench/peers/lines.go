@@ -63,12 +63,14 @@ type shape struct {
 	rounds           int
 	drain            int64 // messages of the backlog that everybody drains
 	drainTercet      int64 // messages of Tercet's own
+	// counted lines end after a number of messages instead of a time: however slow the machine is, something is done.
+	counted bool
 }
 
 // The shapes of the runs.
 var (
-	reportShape = shape{time.Second, 4 * time.Second, 2, 1_000_000, 10_000_000}
-	smokeShape  = shape{200 * time.Millisecond, 500 * time.Millisecond, 1, 2_000, 5_000}
+	reportShape = shape{warmup: time.Second, duration: 4 * time.Second, rounds: 2, drain: 1_000_000, drainTercet: 10_000_000}
+	smokeShape  = shape{rounds: 1, drain: 2_000, drainTercet: 5_000, counted: true}
 )
 
 // lines are everything that is measured.
@@ -80,6 +82,9 @@ func (s shape) lines() []line {
 	add := func(name, title string, rounds int, who []contender, change func(l *line, w *bench.Workload)) {
 		l := line{Name: name, Title: title, W: base, Contenders: who, Rounds: min(rounds, s.rounds)}
 		change(&l, &l.W)
+		if w := &l.W; s.counted && !l.Drain {
+			w.Messages = int64(max(100, 2*w.Publishers*w.Batch*max(1, w.Window/8)))
+		}
 		all = append(all, l)
 	}
 	for _, n := range []int{1, 16, 64, 256, 1024} {

@@ -53,7 +53,7 @@ func (r redis) start(ctx context.Context, h *host, dir string) (cluster, error) 
 		args := []string{
 			"--bind", "127.0.0.1", "--port", strconv.Itoa(port), "--protected-mode", "no", "--save", "",
 			"--appendonly", "yes", "--appendfsync", "always", "--auto-aof-rewrite-percentage", "0",
-			"--repl-diskless-sync-delay", "0", "--maxclients", "4096",
+			"--repl-diskless-sync-delay", "0", "--maxclients", "4096", "--tcp-backlog", "2048",
 		}
 		if i > 0 {
 			args = append(args, "--replicaof", "127.0.0.1 "+strconv.Itoa(ports[0]))

@@ -56,6 +56,9 @@ func markdown(r *results, goals []verdict, pictures []picture) string {
 		say("| %s | %s | %s |", s.Name, cell(version), cell(s.Promise))
 	}
 
+	for _, c := range r.Closed {
+		say("\n**Left out**: %s.", cell(c))
+	}
 	say("\n## Goals\n\n| figure | goal | measured | |\n|---|---|---|---|")
 	for _, g := range goals {
 		mark := "·"

@@ -91,6 +91,8 @@ type results struct {
 	Machine bench.Machine  `json:"machine"`
 	Systems []systemResult `json:"systems"`
 	Lines   []lineResult   `json:"lines"`
+	// Closed are ways into a system that were left out, and why.
+	Closed []string `json:"closed,omitempty"`
 	// Kill is a kill of the leader under load, Disk what the disk does.
 	Kill *bench.DisruptReport `json:"kill,omitempty"`
 	Disk []bench.ProbeResult  `json:"disk,omitempty"`
@@ -216,7 +218,7 @@ func (r *runner) run(ctx context.Context, lines []line) error {
 
 // turn measures a contender once, and again while the machine is crowded and there is time.
 func (r *runner) turn(ctx context.Context, l line, c contender, round int) ([]measurement, error) {
-	if r.skipped[c.System] != "" {
+	if r.skipped[c.System] != "" || r.skipped[c.String()] != "" {
 		return nil, nil
 	}
 	s, ok := r.system(c.System)
@@ -232,6 +234,14 @@ func (r *runner) turn(ctx context.Context, l line, c contender, round int) ([]me
 		defer clusterOf.stop()
 		i := slices.IndexFunc(r.results.Systems, func(s systemResult) bool { return s.Name == c.System })
 		r.results.Systems[i].Version = clusterOf.version()
+	}
+	if some, ok := clusterOf.(refusing); ok {
+		if why := some.refuses(c.Way); why != "" {
+			r.skipped[c.String()] = why
+			r.results.Closed = append(r.results.Closed, c.String()+": "+why)
+			r.view.note("%s is left out: %s", c, why)
+			return nil, nil
+		}
 	}
 	var all []measurement
 	for attempt := 1; ; attempt++ {

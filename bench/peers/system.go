@@ -33,6 +33,12 @@ type cluster interface {
 	stop()
 }
 
+// refusing is a cluster that not every way leads into.
+type refusing interface {
+	// refuses says why a way is closed, or nothing.
+	refuses(way string) string
+}
+
 // The ways of a client into a system that has several.
 const (
 	// wayNative is the only one of most systems.

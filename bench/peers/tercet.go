@@ -39,6 +39,7 @@ type tercetCluster struct {
 	http      []string // addresses
 	endpoints []string
 	valkey    []string
+	noRESP    string // why there is no way in by RESP
 	text      string
 }
 
@@ -99,7 +100,22 @@ func (t tercet) start(ctx context.Context, h *host, dir string) (cluster, error)
 		return nil, err
 	}
 	c.text = t.as + " " + node.Version
+	c.noRESP = "the servers have no such port"
+	if t.valkey {
+		c.noRESP = ""
+		if _, err := redisCommand(ctx, c.valkey[0], "XADD", "bench-probe", "*", "a", "b"); err != nil {
+			c.noRESP = "XADD: " + err.Error()
+		}
+	}
 	return c, nil
+}
+
+// refuses implements refusing.
+func (c *tercetCluster) refuses(way string) string {
+	if way == wayRESP {
+		return c.noRESP
+	}
+	return ""
 }
 
 type clusterDocument struct {
@@ -157,9 +173,6 @@ func (c *tercetCluster) run(ctx context.Context, w bench.Workload, way string, h
 	case wayHTTP:
 		return drive(ctx, w, &bench.HTTPDriver{Addrs: c.http[i : i+1], Workload: w}, hooks)
 	case wayRESP:
-		if !c.t.valkey {
-			return nil, errors.New("the servers have no RESP port")
-		}
 		return drive(ctx, w, &bench.RESPDriver{Addrs: c.valkey[i : i+1], Workload: w}, hooks)
 	}
 	return nil, fmt.Errorf("no way %q into %s", way, c.t.as)

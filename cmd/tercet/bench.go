@@ -95,9 +95,14 @@ func (o *benchCluster) discard(a *app, dir string) {
 // startIn starts them in a directory, which stays. before is called before each start of a server.
 func (o *benchCluster) startIn(ctx context.Context, dir, variant, binary string, restart bool, before func(i int)) (*bench.Subject, func(), error) {
 	var err error
-	var endpoints [3]string
+	var endpoints, valkey [3]string
 	for i := range endpoints {
-		if endpoints[i], err = freeLoopbackAddress(); err != nil {
+		var failed error
+		endpoints[i], err = freeLoopbackAddress()
+		if variant == "tercet" {
+			valkey[i], failed = freeLoopbackAddress()
+		}
+		if err := errors.Join(err, failed); err != nil {
 			return nil, nil, err
 		}
 	}
@@ -108,6 +113,9 @@ func (o *benchCluster) startIn(ctx context.Context, dir, variant, binary string,
 			args := []string{"--bench-listen", endpoints[i], "--durability", o.durability}
 			if o.delay > 0 {
 				args = append(args, "--emulate-sync", o.delay.String())
+			}
+			if valkey[i] != "" {
+				args = append(args, "--valkey", valkey[i])
 			}
 			return append(args, o.serverArgs...)
 		},
@@ -139,7 +147,7 @@ func (o *benchCluster) startIn(ctx context.Context, dir, variant, binary string,
 	}
 	for i, n := range cluster.Nodes {
 		s.Nodes = append(s.Nodes, bench.SubjectNode{
-			ID: n.ID, HTTP: strings.TrimPrefix(n.HTTP, "http://"), Endpoint: endpoints[i], Data: filepath.Join(dir, n.ID),
+			ID: n.ID, HTTP: strings.TrimPrefix(n.HTTP, "http://"), RESP: valkey[i], Endpoint: endpoints[i], Data: filepath.Join(dir, n.ID),
 		})
 	}
 	return s, stop, nil
@@ -288,6 +296,7 @@ an acknowledgement by the others, and receives everything afterwards to prove th
 			tercet bench publish --via leader --publishers 1 --emulate-sync 5ms
 			tercet bench publish --via leader --publishers 256 --baseline --pairs 4
 			tercet bench publish --publishers 16 --batch 100
+			tercet bench publish --via resp --publishers 16 --window 64
 			tercet bench publish --publishers 64 --consumers 16 --rate 5000 --end-to-end --duration 30s
 			tercet bench publish --via leader --publishers 16 --window 64 --topics 64
 			tercet bench publish --kill term-leader
@@ -304,7 +313,7 @@ an acknowledgement by the others, and receives everything afterwards to prove th
 	o.registerShape(cmd, 256, 1024, 1)
 	o.register(cmd)
 	f := cmd.Flags()
-	f.StringVar(&o.via, "via", "http", "where the publishers are: inside the leader, or clients over http")
+	f.StringVar(&o.via, "via", "http", "where the publishers are: inside the leader, or clients over http or resp")
 	f.StringVar(&o.format, "format", "compact", "framing of a batch over HTTP: compact or multipart")
 	f.BoolVar(&o.spread, "spread", false, "over HTTP: publish to all servers in turn instead of the leader alone")
 	f.Float64Var(&o.Rate, "rate", 0, "messages a second of all publishers together (default: as many as are acknowledged)")
@@ -316,7 +325,7 @@ an acknowledgement by the others, and receives everything afterwards to prove th
 	f.DurationVar(&o.Retention, "retention", limits.RetentionMin, "retention of the messages")
 	f.StringVar(&o.Topic, "topic", "bench", "topic to publish to")
 	f.StringVar(&o.Group, "group", "bench", "consumer group")
-	f.IntVar(&o.Window, "window", 1, "requests that a publisher has under way at once; more than 1 with --via leader")
+	f.IntVar(&o.Window, "window", 1, "requests that a publisher has under way at once; more than 1 with --via leader or resp")
 	f.StringSliceVar(&o.sizes, "mixed-sizes", nil, "`sizes` of bodies that take turns, instead of --size")
 	f.IntVar(&o.Topics, "topics", 1, "topics that the messages are spread over")
 	f.IntVar(&o.Groups, "groups", 1, "consumer groups that each receive every message")
@@ -340,14 +349,16 @@ func (o *publishFlags) check() error {
 			problems = append(problems, fmt.Errorf(format, args...))
 		}
 	}
-	problem(o.via != "leader" && o.via != "http", "--via %q: want leader or http", o.via)
+	if _, err := bench.ParseVia(o.via); err != nil {
+		problem(true, "--via %w", err)
+	}
 	problem(o.format != "compact" && o.format != "multipart", "--format %q: want compact or multipart", o.format)
 	problem(o.Timed && o.Consumers == 0, "--end-to-end needs --consumers")
 	problem(o.pairs < 1, "--pairs %d: want at least 1", o.pairs)
 	foreign := len(o.servers) > 0
-	problem(foreign && (o.via == "leader" || o.delay > 0 || o.baseline || o.kill != "" || o.profile != ""),
-		"--via leader, --emulate-sync, --baseline, --kill and --profile need servers that this command starts: leave out --server")
-	problem(o.kill != "" && o.via == "leader", "--kill publishes over HTTP: leave out --via leader")
+	problem(foreign && (o.via != "http" || o.delay > 0 || o.baseline || o.kill != "" || o.profile != ""),
+		"--via leader, --via resp, --emulate-sync, --baseline, --kill and --profile need servers that this command starts: leave out --server")
+	problem(o.kill != "" && o.via != "http", "--kill publishes over HTTP: leave out --via %s", o.via)
 	problem(o.baseline && o.via != "leader", "--baseline has no HTTP interface: add --via leader")
 	if err := errors.Join(problems...); err != nil {
 		return usageError{err}
@@ -357,7 +368,7 @@ func (o *publishFlags) check() error {
 
 func (o *publishFlags) plan(a *app, w bench.Workload) bench.Plan {
 	p := bench.Plan{
-		Workload: w, ViaHTTP: o.via == "http", Spread: o.spread || len(o.servers) > 0, Multipart: o.format == "multipart",
+		Workload: w, Via: bench.Via(o.via), Spread: o.spread || len(o.servers) > 0, Multipart: o.format == "multipart",
 		Probe: o.probe, Token: o.token, Progress: a.progress(),
 	}
 	if o.profile != "" {

@@ -19,6 +19,7 @@ func TestBenchUsage(t *testing.T) {
 		"--durability":                  "bench publish --durability most",
 		"leave out --server":            "bench publish --server http://127.0.0.1:1 --kill leader",
 		"leave out --via leader":        "bench publish --via leader --kill leader",
+		"leave out --via resp":          "bench publish --via resp --kill leader",
 		"add --via leader":              "bench publish --baseline",
 		"want http://HOST:PORT":         "bench publish --server 127.0.0.1:7301",
 		"want leader, follower":         "bench publish --kill everybody",
