@@ -204,7 +204,7 @@ func (e *Engine) peek(t *topic, g *group, limit int, now int64) (Answer, []uint6
 			break
 		}
 		off = b.base + uint64(i)
-		if g == nil || g.ahead == 0 || g.find(off) == nil {
+		if g == nil || (g.ahead == 0 || g.find(off) == nil) && g.pos.less(b.streamOf(i)) {
 			if g != nil && g.held(b, i) > now {
 				break
 			}
@@ -217,7 +217,7 @@ func (e *Engine) peek(t *topic, g *group, limit int, now int64) (Answer, []uint6
 	}
 	var due []timer
 	g.each(func(off uint64, l *lease) {
-		if v, ok := g.view(l, now); ok && !v.idle() && v.due() <= now {
+		if v, ok := g.view(l, now); ok && !v.idle() && v.due() <= now && !t.removed(off) {
 			due = append(due, timer{l.due(), off})
 		}
 	})
@@ -286,7 +286,9 @@ func (e *Engine) groupInfo(g *group, now int64) (GroupInfo, error) {
 			info.Parked++
 		default:
 			info.Unsettled++
-			oldest = min(oldest, off)
+			if !g.topic.removed(off) {
+				oldest = min(oldest, off)
+			}
 		}
 	})
 	info.Settings = g.settings

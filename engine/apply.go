@@ -61,6 +61,7 @@ func (e *Engine) apply(index, term uint64, entry []byte, results []Result, fx *E
 	if len(e.uploads) > 0 {
 		e.endUploads(func(u *upload) bool { return u.deadline <= e.stamp.Cluster })
 	}
+	e.expireKeys()
 	if err := e.mature(); err != nil {
 		return results, err
 	}
@@ -240,7 +241,7 @@ func (e *Engine) command(cmd []byte, at uint32, res *Result) error {
 		return err
 	}
 	if kind >= cmdStreamFirst {
-		return e.applyStream(kind, &r, at, uint32(len(cmd)), res)
+		return e.applyStream(kind, &r, at+uint32(len(cmd)), res)
 	}
 	switch kind {
 	case CmdInit:
@@ -398,10 +399,15 @@ func (e *Engine) topicNamed(name []byte) (*topic, errs.Code) {
 	if len(e.topics) >= limits.TopicsMax {
 		return nil, errs.TooManyTopics
 	}
+	if e.strings[string(name)] != nil {
+		return nil, errs.WrongType
+	}
 	e.incarnations++
 	t := newTopic(string(name), e.incarnations)
 	t.dirty = true
+	t.changed = e.index
 	e.topics[t.name], e.byInc[t.inc] = t, t
+	e.absent = e.index
 	e.dirtRough.Add(int64(len(name)) + 64)
 	if e.fx != nil {
 		e.fx.Topics = true

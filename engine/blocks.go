@@ -24,6 +24,7 @@ type topic struct {
 	groups           map[string]*group
 	byInc            map[uint64]*group
 	dirty            bool
+	streamPart
 
 	// What follows is memory of this node alone.
 
@@ -157,7 +158,7 @@ type headerCache struct {
 type headerKey struct{ topic, base uint64 }
 
 func headerBytes(b *block) int64 {
-	return 240 + 4*int64(cap(b.retention)) + 8*int64(len(b.runs))
+	return 264 + 4*int64(cap(b.retention)) + 8*int64(len(b.runs)) + 16*int64(cap(b.ids))
 }
 
 func (c *headerCache) get(topic, base uint64) *block {
@@ -300,7 +301,7 @@ func (e *Engine) firstLive(t *topic, hint *block, off uint64, now int64, advance
 		}
 		if b.lastExpiry > now {
 			for i := uint32(max(off, b.base) - b.base); i < b.count; i++ {
-				if b.expiry(i) > now {
+				if b.expiry(i) > now && (t.marked == 0 || !t.removed(b.base+uint64(i))) {
 					return b, i, nil
 				}
 			}
@@ -335,7 +336,7 @@ func (e *Engine) byID(t *topic, id MessageID) (*block, uint32, error) {
 	}
 	if id.Kind == KindDelayed {
 		off, ok, err := e.placeOf(t, id)
-		if err != nil || !ok || off < t.first {
+		if err != nil || !ok || t.removed(off) {
 			return nil, 0, err
 		}
 		b, err := e.blockFor(t, off)
@@ -346,7 +347,7 @@ func (e *Engine) byID(t *topic, id MessageID) (*block, uint32, error) {
 	}
 	if t.open != nil && id.Index == t.open.index {
 		i, ok := t.open.byPos(id.Pos)
-		if !ok || t.open.base+uint64(i) < t.first {
+		if !ok || t.removed(t.open.base+uint64(i)) {
 			return nil, 0, nil
 		}
 		return t.open, i, nil
@@ -393,7 +394,7 @@ func (e *Engine) byID(t *topic, id MessageID) (*block, uint32, error) {
 		}
 	}
 	i, ok := b.byPos(id.Pos)
-	if !ok || b.base+uint64(i) < t.first {
+	if !ok || t.removed(b.base+uint64(i)) {
 		return nil, 0, nil
 	}
 	return b, i, nil
@@ -401,6 +402,10 @@ func (e *Engine) byID(t *topic, id MessageID) (*block, uint32, error) {
 
 // fill puts the contents of a record into a delivery.
 func (d *Delivery) fill(rec *record) {
+	if d.asFields {
+		d.fields, d.Body = rec.fields(), []byte{}
+		return
+	}
 	d.ContentType = string(rec.contentType)
 	d.Headers = rec.decodeHeaders()
 	d.Deployment = string(rec.deployment)
@@ -409,6 +414,9 @@ func (d *Delivery) fill(rec *record) {
 		l, _ := parseLarge(rec.body)
 		l.Topic = d.Receipt.Topic
 		d.Large, d.Body = &l, []byte{}
+	}
+	if rec.flags&recordFields != 0 {
+		d.ContentType, d.Body = fieldsBody(decodeFields(rec.body))
 	}
 }
 
@@ -427,8 +435,17 @@ func (e *Engine) loadAll(ds []Delivery) error {
 	if err := e.Err(); err != nil {
 		return err
 	}
-	cold := false
 	e.mu.RLock()
+	cold, err := e.loadRecent(ds)
+	e.mu.RUnlock()
+	if !cold || err != nil {
+		return err
+	}
+	return e.loadStored(ds)
+}
+
+// loadRecent loads the deliveries whose entries are in memory, with mu held. It reports whether there are others.
+func (e *Engine) loadRecent(ds []Delivery) (cold bool, err error) {
 	for i := range ds {
 		d := &ds[i]
 		t := e.byInc[d.Receipt.Topic]
@@ -445,19 +462,14 @@ func (e *Engine) loadAll(ds []Delivery) error {
 		r := reader{b: b.data[b.starts[d.Receipt.Offset-b.base]:]}
 		parseRecord(&r, &rec)
 		if r.bad {
-			e.mu.RUnlock()
-			return fmt.Errorf("engine: record at offset %d of topic %q: %w", d.Receipt.Offset, t.name, errMalformed)
+			return false, fmt.Errorf("engine: record at offset %d of topic %q: %w", d.Receipt.Offset, t.name, errMalformed)
 		}
 		d.fill(&rec)
 		if d.Body == nil {
 			d.Body = []byte{}
 		}
 	}
-	e.mu.RUnlock()
-	if !cold {
-		return nil
-	}
-	return e.loadStored(ds)
+	return cold, nil
 }
 
 // loadStored loads the deliveries that have no body yet from the store.
@@ -529,6 +541,7 @@ func (e *Engine) loadStored(ds []Delivery) (err error) {
 		d.fill(&rec)
 		// The store's buffer goes with the iterator.
 		d.Body = append(make([]byte, 0, len(d.Body)), d.Body...)
+		d.fields = cloneFields(d.fields)
 	}
 	if gone {
 		return errs.New(errs.MessageNotFound, "a message expired while it was being delivered")

@@ -39,11 +39,16 @@ func (e *Engine) checkpoint() (Meta, error) {
 	batch := e.db.NewBatch()
 	defer func() { _ = batch.Close() }()
 	s := e.cloneState()
-	e.encodeDirty(batch)
+	err := e.encodeDirty(batch)
+	removed := e.takeRemoved()
 	logBytes, dirt := e.logBytes.Load(), e.dirtRough.Load()
 	e.mu.Unlock()
 
-	floors, swept, err := e.sweep(batch, &s)
+	if err != nil {
+		e.fail(err)
+		return Meta{}, err
+	}
+	floors, swept, err := e.sweep(batch, &s, removed)
 	if err != nil {
 		e.fail(err)
 		return Meta{}, err
@@ -93,8 +98,12 @@ func (e *Engine) flush() error {
 
 // encodeDirty puts every changed row into the batch. The order within the batch is that of names and numbers,
 // so that equal histories write equal batches.
-func (e *Engine) encodeDirty(batch *pebble.Batch) {
+func (e *Engine) encodeDirty(batch *pebble.Batch) error {
 	now := e.stamp.Cluster
+	for _, inc := range e.removedStrings {
+		_ = batch.Delete(e.keys.key(rowString, inc), nil) // a batch in memory takes everything
+	}
+	e.removedStrings = nil
 	for _, id := range e.removedIntakes {
 		_ = batch.Delete(e.keys.key(rowIntake, uint64(id)), nil) // a batch in memory takes everything
 	}
@@ -109,7 +118,9 @@ func (e *Engine) encodeDirty(batch *pebble.Batch) {
 	}
 	for _, ids := range e.removedGroups {
 		_ = batch.Delete(e.keys.key(rowGroup, ids[0], ids[1]), nil)
-		_ = batch.DeleteRange(e.keys.key(rowChunk, ids[0], ids[1]), e.keys.key(rowChunk, ids[0], ids[1]+1), nil)
+		for _, kind := range []byte{rowChunk, rowConsumer} {
+			_ = batch.DeleteRange(e.keys.key(kind, ids[0], ids[1]), e.keys.key(kind, ids[0], ids[1]+1), nil)
+		}
 	}
 	e.removedTopics, e.removedGroups = nil, nil
 	e.encodeChanges(batch)
@@ -140,11 +151,15 @@ func (e *Engine) encodeDirty(batch *pebble.Batch) {
 		if t.dirty {
 			t.dirty = false
 			e.put(batch, t.appendRow(e.rowBuf[:0]), rowTopic, inc)
+			e.encodeMarks(batch, t)
 		}
 		if t.cut.offset > t.floor.offset {
-			e.removeBelow(batch, t, t.cut)
+			if err := e.removeBelow(batch, t, t.cut); err != nil {
+				return err
+			}
 		}
 	}
+	e.encodeStrings(batch)
 	for _, g := range e.groups {
 		if g == nil {
 			continue
@@ -159,6 +174,7 @@ func (e *Engine) encodeDirty(batch *pebble.Batch) {
 		}
 		g.dirty = false
 		e.put(batch, g.appendRow(e.rowBuf[:0]), rowGroup, tinc, g.inc)
+		e.encodeConsumers(batch, g)
 		for _, key := range sortedKeys(g.chunks) {
 			c := g.chunks[key]
 			if !c.dirty {
@@ -176,41 +192,57 @@ func (e *Engine) encodeDirty(batch *pebble.Batch) {
 		}
 	}
 	e.put(batch, e.state.appendRow(e.rowBuf[:0]), rowState)
+	return nil
 }
 
 // removeBelow removes the rows of all blocks of a topic below f, which something explicit has emptied, and what
 // was delayed before f.
-func (e *Engine) removeBelow(batch *pebble.Batch, t *topic, f floor) {
+func (e *Engine) removeBelow(batch *pebble.Batch, t *topic, f floor) error {
 	old := t.floor
-	e.removeBlocks(batch, t.inc, old, f)
+	if err := e.removeBlocks(batch, t.inc, old, f, t.rewound); err != nil {
+		return err
+	}
 	t.floor = f
 	e.put(batch, f.appendRow(nil), rowFloor, t.inc)
 	for _, kind := range []byte{rowStaged, rowStagedIndex, rowPlace} {
 		_ = batch.DeleteRange(e.keys.key(kind, t.inc), e.keys.key(kind, t.inc, t.firstIndex), nil)
 	}
+	return nil
 }
 
 // removeBlocks removes the rows of all blocks of a topic between two floors.
-func (e *Engine) removeBlocks(batch *pebble.Batch, inc uint64, from, to floor) {
+func (e *Engine) removeBlocks(batch *pebble.Batch, inc uint64, from, to floor, rewound bool) error {
+	switch {
+	case rewound:
+		// IDs do not rise with the offsets: a range of them may hold those of others.
+		if err := e.removeIDs(batch, inc, from.offset, to.offset); err != nil {
+			return err
+		}
+	case from.stream.less(to.stream):
+		_ = batch.DeleteRange(e.keys.key(rowByStream, inc, from.stream.Ms, from.stream.Seq), e.keys.key(rowByStream, inc, to.stream.Ms, to.stream.Seq), nil)
+	}
 	for _, kind := range []byte{rowBlock, rowPayload} {
 		_ = batch.DeleteRange(e.keys.key(kind, inc, from.offset), e.keys.key(kind, inc, to.offset), nil)
 	}
 	_ = batch.DeleteRange(e.keys.key(rowByIndex, inc, from.index), e.keys.key(rowByIndex, inc, to.index), nil)
-	_ = batch.DeleteRange(e.keys.key(rowByStream, inc, from.stream.Ms, from.stream.Seq), e.keys.key(rowByStream, inc, to.stream.Ms, to.stream.Seq), nil)
+	return nil
 }
 
-// sweep adds to the checkpoint of s the removal of all blocks whose last message had expired by then. Expired
-// blocks at the head of a topic go with one range deletion per kind, from where the last one ended; others
-// one by one. It returns the floors that move with the checkpoint.
-func (e *Engine) sweep(batch *pebble.Batch, s *state) (floors map[uint64]floor, swept int64, err error) {
+// sweep adds to the checkpoint of s the removal of all blocks whose last message had expired or was removed by
+// then. Dead blocks at the head of a topic go with one range deletion per kind, from where the last one ended;
+// others one by one. It returns the floors that move with the checkpoint.
+func (e *Engine) sweep(batch *pebble.Batch, s *state, removed map[uint64]removedBlocks) (floors map[uint64]floor, swept int64, err error) {
 	defer e.damaged(&err)
 	now := s.stamp.Cluster
-	upto := now / expiryUnit
-	if upto <= e.swept {
+	upto := max(now/expiryUnit, e.swept)
+	if upto == e.swept && len(removed) == 0 {
 		return nil, e.swept, nil
 	}
 	// The base offsets of dead blocks.
 	byTopic := make(map[uint64][]uint64)
+	for inc, r := range removed {
+		byTopic[inc] = r.dead
+	}
 	it, err := e.db.NewIter(&pebble.IterOptions{
 		LowerBound: e.keys.key(rowExpiry, uint64(e.swept)), UpperBound: e.keys.key(rowExpiry, uint64(upto)+1)})
 	if err != nil {
@@ -244,13 +276,15 @@ func (e *Engine) sweep(batch *pebble.Batch, s *state) (floors map[uint64]floor, 
 		if t == nil {
 			continue
 		}
-		f, err := e.raiseFloor(t, old, set, s)
+		f, err := e.raiseFloor(t, old, set, removed[inc].first, s)
 		if err != nil {
 			return nil, 0, err
 		}
 		if f != old {
 			floors[inc] = f
-			e.removeBlocks(batch, inc, old, f)
+			if err := e.removeBlocks(batch, inc, old, f, removed[inc].rewound); err != nil {
+				return nil, 0, err
+			}
 			e.put(batch, f.appendRow(nil), rowFloor, inc)
 		}
 		for _, base := range byTopic[inc] {
@@ -268,7 +302,7 @@ func (e *Engine) sweep(batch *pebble.Batch, s *state) (floors map[uint64]floor, 
 	if err := e.sweepLarge(batch, upto); err != nil {
 		return nil, 0, err
 	}
-	if len(byTopic) > 0 {
+	if upto > e.swept {
 		_ = batch.DeleteRange(e.keys.key(rowExpiry, uint64(e.swept)), e.keys.key(rowExpiry, uint64(upto)+1), nil)
 	}
 	e.put(batch, floor{offset: uint64(upto)}.appendRow(nil), rowFloor, 0)
@@ -304,9 +338,9 @@ func (e *Engine) sweepStaged(batch *pebble.Batch, upto int64) error {
 	return nil
 }
 
-// raiseFloor walks the stored headers of a topic from its floor over those in dead and returns where the
-// first other block begins.
-func (e *Engine) raiseFloor(t *topic, old floor, dead map[uint64]bool, s *state) (floor, error) {
+// raiseFloor walks the stored headers of a topic from its floor over those in dead, and those that end at first or
+// below, and returns where the first other block begins.
+func (e *Engine) raiseFloor(t *topic, old floor, dead map[uint64]bool, first uint64, s *state) (floor, error) {
 	it, err := e.db.NewIter(&pebble.IterOptions{LowerBound: e.keys.key(rowBlock, t.inc, old.offset), UpperBound: e.keys.key(rowBlock, t.inc+1)})
 	if err != nil {
 		return old, fmt.Errorf("engine: reading block headers: %w", err)
@@ -323,7 +357,7 @@ func (e *Engine) raiseFloor(t *topic, old floor, dead map[uint64]bool, s *state)
 		if err != nil {
 			return old, fmt.Errorf("engine: block header at offset %d: %w", base, err)
 		}
-		if !dead[base] || b.index > s.index {
+		if !dead[base] && b.end() > first || b.index > s.index {
 			if f == old {
 				return old, nil
 			}
@@ -354,7 +388,7 @@ func (e *Engine) removeBlock(batch *pebble.Batch, inc, base uint64) error {
 	if b.refs == nil {
 		_ = batch.Delete(e.keys.key(rowByIndex, inc, b.index), nil)
 	}
-	_ = batch.Delete(e.keys.key(rowByStream, inc, b.stream.Ms, b.stream.Seq), nil)
+	_ = batch.Delete(e.keys.key(rowByStream, inc, b.stream.Ms, b.stream.Seq, base), nil)
 	return nil
 }
 
@@ -370,6 +404,7 @@ func (e *Engine) appendCanonical(b []byte) []byte {
 	b = e.canonicalDocuments(b)
 	b = e.canonicalChanges(b)
 	b = e.canonicalUploads(b)
+	b = e.appendStrings(b)
 	var row []byte
 	b = binary.AppendUvarint(b, uint64(len(e.byInc)))
 	for _, inc := range sortedKeys(e.byInc) {
@@ -377,12 +412,18 @@ func (e *Engine) appendCanonical(b []byte) []byte {
 		b = binary.AppendUvarint(b, inc)
 		row = t.appendRow(row[:0])
 		b = appendBytes(b, row)
+		for _, key := range sortedKeys(t.marks) {
+			b = binary.AppendUvarint(b, key+1)
+			b = t.marks[key].appendRow(b)
+		}
+		b = append(b, 0)
 		b = binary.AppendUvarint(b, uint64(len(t.byInc)))
 		for _, ginc := range sortedKeys(t.byInc) {
 			g := t.byInc[ginc]
 			b = binary.AppendUvarint(b, ginc)
 			row = g.appendRow(row[:0])
 			b = appendBytes(b, row)
+			b = g.appendConsumers(b)
 			for _, key := range sortedKeys(g.chunks) {
 				if row = g.chunks[key].appendRow(row[:0], g, key, now); len(row) > 0 {
 					b = binary.AppendUvarint(b, key+1)

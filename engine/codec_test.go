@@ -546,7 +546,11 @@ func FuzzEntry(f *testing.F) {
 				t.Fatalf("hash is %x after a restart, was %x", got, h)
 			}
 			l.close()
-			return fmt.Sprint(res), h
+			var all []byte
+			for i := range res {
+				all = AppendResult(all, &res[i])
+			}
+			return fmt.Sprintf("%x", all), h
 		}
 		if len(entry) == 0 {
 			return // a log entry of no bytes is an empty one

@@ -421,6 +421,12 @@ func (e *Engine) placeMatured(order []*topic) error {
 		}
 		t.next += uint64(b.count)
 		t.last = b.streamOf(b.count - 1)
+		t.changed, t.dirty = e.index, true
+		for i := range b.refs {
+			for range b.refs[i].count {
+				t.noted(b.refs[i].expiry())
+			}
+		}
 		t.recent = append(t.recent, b)
 		kept.blocks = append(kept.blocks, b)
 		kept.bytes += headerBytes(b)

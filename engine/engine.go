@@ -133,9 +133,21 @@ type Engine struct {
 	logBytes  atomic.Int64 // since the last checkpoint
 	dirtRough atomic.Int64
 
-	unsettledMax int
-	failed       atomic.Pointer[failure]
-	failure      chan struct{} // closed with failed
+	unsettledMax, valkeyMax int
+
+	// scanMu guards the list of all keys that SCAN goes by, as of a version of the keyspace.
+	scanMu      sync.Mutex
+	scanList    []keyName
+	scanVersion uint64
+
+	// strings are the keys that hold no topic; expiries holds keys by the time at which they expire.
+	strings        map[string]*stringKey
+	stringBytes    int64
+	removedStrings []uint64
+	expiries       timers
+	byExpiry       map[uint64]string // incarnation -> present name, of keys that expire
+	failed         atomic.Pointer[failure]
+	failure        chan struct{} // closed with failed
 
 	// The negative controls of the crash tests break rule 16(a) with the one, (b) and (c) with the other.
 	seeLaterRows bool
@@ -278,6 +290,10 @@ func (e *Engine) resetMemory() {
 	if e.unsettledMax == 0 {
 		e.unsettledMax = limits.UnsettledPerGroupMax
 	}
+	if e.valkeyMax == 0 {
+		e.valkeyMax = limits.UnsettledPerValkeyGroupMax
+	}
+	e.resetKeys()
 }
 
 // load reads the last checkpoint from the open store into memory.
@@ -326,6 +342,15 @@ func (e *Engine) load() error {
 	if err != nil {
 		return err
 	}
+	if err := e.scan(rowMarks, e.loadMarks); err != nil {
+		return err
+	}
+	if err := e.scan(rowConsumer, e.loadConsumer); err != nil {
+		return err
+	}
+	if err := e.scan(rowString, e.loadString); err != nil {
+		return err
+	}
 	err = e.scan(rowChunk, func(key, v []byte) error {
 		tinc, _ := keyPart(key, 0)
 		ginc, _ := keyPart(key, 1)
@@ -338,11 +363,13 @@ func (e *Engine) load() error {
 		if err != nil {
 			return err
 		}
-		t.byInc[ginc].addChunk(no, c)
-		return nil
+		return t.byInc[ginc].addChunk(no, c)
 	})
 	if err != nil {
 		return err
+	}
+	for _, t := range e.byInc {
+		e.expires(t.inc, t.name, t.expireAt)
 	}
 	for _, g := range e.groups {
 		g.rebuild()
@@ -388,7 +415,7 @@ func (e *Engine) load() error {
 		if inc == 0 {
 			e.swept = int64(f.offset)
 		} else if t := e.byInc[inc]; t != nil {
-			t.floor, t.gone = f, f.offset
+			t.floor, t.gone = f, max(t.first, f.offset)
 		}
 		return nil
 	})
@@ -410,8 +437,9 @@ func (e *Engine) cloneState() state {
 }
 
 // addChunk puts a loaded chunk into the set.
-func (g *group) addChunk(key uint64, c *chunk) {
+func (g *group) addChunk(key uint64, c *chunk) error {
 	g.chunks[key] = c
+	g.newChunk(key)
 	g.live += c.live
 	for i := range c.slots {
 		l := &c.slots[i]
@@ -424,7 +452,19 @@ func (g *group) addChunk(key uint64, c *chunk) {
 		case parked:
 			g.parkedCount++
 		}
+		if l.state == settledAhead {
+			g.settled++
+		}
+		if l.consumer != 0 {
+			c.who |= 1 << (l.consumer & 63)
+			if owner := g.byNum[l.consumer]; owner != nil {
+				owner.pending++
+			} else {
+				return fmt.Errorf("an entry of unknown consumer %d: %w", l.consumer, errMalformed)
+			}
+		}
 	}
+	return nil
 }
 
 // scan visits all rows of a kind.

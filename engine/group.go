@@ -94,8 +94,9 @@ const (
 type chunk struct {
 	slots  []lease
 	live   int
-	dirty  bool // differs from its stored row
-	stored bool // has a stored row
+	who    uint64 // a bit for the number modulo 64 of each consumer that may have entries here
+	dirty  bool   // differs from its stored row
+	stored bool   // has a stored row
 }
 
 // at returns the place of low, or where it would be.
@@ -196,6 +197,7 @@ type group struct {
 	// notes holds the last error of messages that were released with one; noteBytes is what they take.
 	notes     map[uint64]string
 	noteBytes int
+	streamGroup
 
 	// What follows is memory of this node alone.
 	cur     *block // where next was found last
@@ -207,7 +209,7 @@ type group struct {
 }
 
 func newGroup(t *topic, name string, inc uint64) *group {
-	return &group{topic: t, name: name, inc: inc, chunks: make(map[uint64]*chunk), armed: never, told: never}
+	return &group{topic: t, name: name, inc: inc, chunks: make(map[uint64]*chunk), armed: never, told: never, streamGroup: streamGroup{entriesRead: -1}}
 }
 
 func (g *group) chunk(key uint64) *chunk {
@@ -242,6 +244,7 @@ func (g *group) insert(off uint64) *lease {
 	if c == nil {
 		c = &chunk{}
 		g.chunks[key] = c
+		g.newChunk(key)
 		g.lastChunk, g.lastKey = c, key
 	}
 	i, ok := c.at(low)
@@ -267,6 +270,12 @@ func (g *group) remove(off uint64, l *lease) {
 	if off >= g.next {
 		g.ahead--
 	}
+	if l.state == settledAhead {
+		g.settled--
+	}
+	if l.consumer != 0 {
+		g.own(off, l, nil)
+	}
 	g.live--
 	if l.state == parked {
 		g.parkedCount--
@@ -282,6 +291,7 @@ func (g *group) remove(off uint64, l *lease) {
 			g.gone = append(g.gone, key)
 		}
 		delete(g.chunks, key)
+		g.dropChunk(key)
 		g.lastChunk = nil
 		return
 	}
@@ -441,6 +451,9 @@ func (g *group) grant(off uint64, l *lease, now, visibility int64) {
 	if l.state == leased && l.flags&flagLapsed == 0 {
 		g.inflight--
 	}
+	if l.consumer != 0 {
+		g.own(off, l, nil)
+	}
 	g.epoch++
 	l.epoch = g.epoch
 	l.count++
@@ -508,10 +521,19 @@ func (g *group) acknowledge(off uint64, l *lease) {
 		g.remove(off, l)
 		return
 	}
+	g.settleAhead(off, l)
+}
+
+// settleAhead keeps an entry that is done in the set, since the cursor has not come to it.
+func (g *group) settleAhead(off uint64, l *lease) {
 	if l.state == leased && l.flags&flagLapsed == 0 {
 		g.inflight--
 	}
+	if l.consumer != 0 {
+		g.own(off, l, nil)
+	}
 	l.state, l.flags, l.deadline, l.routed = settledAhead, 0, never, false
+	g.settled++
 	g.touch(off)
 }
 

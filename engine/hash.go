@@ -70,11 +70,11 @@ func (e *Engine) logicalRows(visit func(key, value []byte) error) (err error) {
 				_ = it.Close()
 				return err
 			}
-			if b.lastExpiry <= now || b.end() <= t.first {
+			if b.lastExpiry <= now || b.end() <= t.first || t.allRemoved(b) {
 				continue
 			}
 			err = visit(it.Key(), v)
-			lead := [][]uint64{{rowByStream, inc, b.stream.Ms, b.stream.Seq}}
+			lead := [][]uint64{{rowByStream, inc, b.stream.Ms, b.stream.Seq, base}}
 			if b.refs == nil {
 				lead = append(lead, []uint64{rowPayload, inc, base}, []uint64{rowByIndex, inc, b.index})
 			}

@@ -58,6 +58,11 @@ func (o *outcome) set(r *Result) {
 		r.Revision == 0 && r.Next == 0 && r.Upload == 0 && r.Stream == nil {
 		return
 	}
+	if r.Stream.deepReads() {
+		// What it read cannot be read again (decision 12).
+		o.more = &outcomeMore{result: Result{Code: errs.OutcomeUnknown}}
+		return
+	}
 	m := &outcomeMore{result: *r}
 	m.result.Deliveries = nil
 	m.result.Stream = r.Stream.bare()

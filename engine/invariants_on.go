@@ -92,7 +92,7 @@ func (e *Engine) checkGroup(g *group, assert func(bool, string, ...any)) {
 			assert(l.state != settledAhead || off >= g.next, "I6", g.name, off)
 			assert(l.epoch > 0 && l.epoch <= g.epoch && !epochs[l.epoch], "I7", g.name, off, l.epoch)
 			epochs[l.epoch] = true
-			assert(l.count > 0 && l.granted <= e.stamp.Cluster, "I7", g.name, off)
+			assert((l.count > 0 || g.consumerCount > 0) && l.granted <= e.stamp.Cluster, "I7", g.name, off)
 			assert(l.expiry == never || expiring[timer{l.expiry, off}], "I8", g.name, off)
 			switch {
 			case l.idle():
@@ -107,5 +107,5 @@ func (e *Engine) checkGroup(g *group, assert func(bool, string, ...any)) {
 	}
 	assert(live == g.live && ahead == g.ahead && inflight == g.inflight, "I6", g.name, live, g.live, ahead, g.ahead, inflight, g.inflight)
 	assert(parkedCount == g.parkedCount, "I6", g.name, parkedCount, g.parkedCount)
-	assert(g.unsettled() <= e.unsettledMax && g.parkedCount <= limits.ParkedPerGroupMax+e.unsettledMax, "I9", g.name, g.live, g.parkedCount)
+	assert(g.unsettled() <= e.unsettledLimit(g) && g.parkedCount <= limits.ParkedPerGroupMax+e.unsettledLimit(g), "I9", g.name, g.live, g.parkedCount)
 }

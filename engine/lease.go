@@ -55,6 +55,10 @@ func (e *Engine) applyReceive(r *reader, res *Result) error {
 		}
 		off := b.base + uint64(i)
 		known := g.ahead > 0 && g.find(off) != nil
+		if !g.pos.less(b.streamOf(i)) { // XGROUP SETID put the position ahead of the log
+			g.advance(off + 1)
+			continue
+		}
 		if !known && g.held(b, i) > now {
 			break
 		}
@@ -63,6 +67,7 @@ func (e *Engine) applyReceive(r *reader, res *Result) error {
 		if known {
 			continue // given out through its ID before
 		}
+		g.entriesRead = -1 // estimated from here on, since keeping it costs every receive
 		l := g.grantNew(off, g.pos, b.expiry(i), now, v.visibility)
 		ds = append(ds, e.delivery(b, i, g, l))
 	}
@@ -70,6 +75,10 @@ func (e *Engine) applyReceive(r *reader, res *Result) error {
 		off, l := g.retry()
 		if l == nil {
 			break
+		}
+		if t.removed(off) {
+			g.remove(off, l) // by XDEL or trimming
+			continue
 		}
 		b, i, err := e.blockAt(t, g.cur, off)
 		if err != nil {
@@ -109,7 +118,7 @@ func (e *Engine) applyReceive(r *reader, res *Result) error {
 
 // room reports whether the group may be given messages that it was never given.
 func (e *Engine) room(g *group) bool {
-	return g.unsettled() < e.unsettledMax && g.parkedCount < limits.ParkedPerGroupMax
+	return g.unsettled() < e.unsettledLimit(g) && g.parkedCount < limits.ParkedPerGroupMax
 }
 
 func (e *Engine) delivery(b *block, i uint32, g *group, l *lease) Delivery {
@@ -157,7 +166,7 @@ func (e *Engine) applyReceiveID(r *reader, res *Result) error {
 		}
 		return err
 	}
-	if b.expiry(i) <= now {
+	if b.expiry(i) <= now || t.removed(b.base+uint64(i)) {
 		return nil
 	}
 	g, code := e.groupNamed(t, v.group, false)
@@ -295,7 +304,7 @@ func (e *Engine) settle(g *group, rc Receipt, v *settleView, res *Result) (errs.
 			break
 		}
 		g.release(rc.Offset, l, now+v.visibility)
-	case l.expiry != never && now+v.visibility > l.expiry:
+	case l.expiry != never && now+v.visibility > l.expiry && !g.topic.removed(rc.Offset):
 		b, i, err := e.blockAt(g.topic, g.cur, rc.Offset)
 		if err != nil {
 			return errs.OK, err

@@ -18,7 +18,10 @@ func (e *Engine) Park(r *Receive, now Stamp, register func()) (parked bool, err 
 		return false, nil
 	}
 	g := t.groups[r.Group]
-	if !r.Park && g.live >= e.unsettledMax {
+	if r.consumer != "" && g.consumers[r.consumer] == nil {
+		return false, nil // reading creates it
+	}
+	if !r.Park && g.live >= e.unsettledLimit(g) {
 		return false, nil // it is not just empty, and its answer says so
 	}
 	at := max(now.Cluster, e.stamp.Cluster)
@@ -103,7 +106,7 @@ func (e *Engine) fresh(g *group, off uint64, now int64, apply bool) (*block, uin
 			return nil, 0, err
 		}
 		off = b.base + uint64(i)
-		if g.ahead == 0 || g.find(off) == nil {
+		if (g.ahead == 0 || g.find(off) == nil) && g.pos.less(b.streamOf(i)) {
 			return b, i, nil
 		}
 		off++

@@ -21,7 +21,7 @@ func (g *group) spent(l *lease, now int64) bool {
 // parkedForm is what a spent entry becomes, if the group parks.
 func (g *group) parkedForm(l *lease) lease {
 	p := *l
-	p.state, p.flags, p.routed = parked, 0, false
+	p.state, p.flags, p.routed, p.consumer = parked, 0, false, 0
 	if keep := g.settings.ParkedRetention.Milliseconds(); keep > 0 && p.expiry != never {
 		p.expiry = max(p.expiry, p.deadline+keep)
 	}
@@ -41,6 +41,9 @@ func (g *group) giveUp(off uint64, l *lease, now int64) {
 	}
 	if l.flags&flagLapsed == 0 {
 		g.inflight--
+	}
+	if l.consumer != 0 {
+		g.own(off, l, nil)
 	}
 	later := p.expiry != l.expiry
 	*l = p
@@ -113,7 +116,7 @@ func (g *group) parkedFrom(from uint64, now int64, visit func(off uint64, l *lea
 			if l.state == slotFree || off < from {
 				continue
 			}
-			if v, ok := g.view(l, now); ok && v.state == parked && !visit(off, &v) {
+			if v, ok := g.view(l, now); ok && v.state == parked && !g.topic.removed(off) && !visit(off, &v) {
 				return
 			}
 		}

@@ -96,16 +96,9 @@ func (e *Engine) publish(t *topic, res *Result) error {
 			return err
 		}
 	}
-	b := t.open
-	var id StreamID
-	if b == nil {
-		var ok bool
-		if id, ok = t.nextStreamID(uint64(e.stamp.Wall), uint64(n)); !ok {
-			res.Code = errs.BadRequest
-			return nil
-		}
-	} else if b.stream.Seq > math.MaxUint64-uint64(b.count)-uint64(n) {
-		res.Code = errs.BadRequest
+	id, ok := t.nextStreamID(uint64(e.stamp.Wall), uint64(n))
+	if !ok {
+		res.Code = errs.StreamExhausted
 		return nil
 	}
 	// Nothing is refused from here on.
@@ -118,14 +111,10 @@ func (e *Engine) publish(t *topic, res *Result) error {
 	}
 	p := &res.Published
 	p.Shard, p.Index, p.Pos, p.Count = e.o.Shard, e.index, e.pos, uint32(n)
+	b := t.open
 	if plain > 0 {
-		if b == nil {
-			b = &block{topic: t.inc, base: t.next, index: e.index, cluster: e.stamp.Cluster, wall: e.stamp.Wall, stream: id, data: e.entry,
-				starts: make([]uint32, 0, plain)}
-			t.open, t.segs = b, t.segs[:0]
-			e.open = append(e.open, t)
-		}
-		p.Offset, p.Stream = b.end(), b.streamOf(b.count)
+		b = e.blockOf(t, plain)
+		p.Offset, p.Stream = b.end(), id
 	}
 	for i := range e.heads {
 		h := &e.heads[i]
@@ -142,6 +131,8 @@ func (e *Engine) publish(t *topic, res *Result) error {
 			continue
 		}
 		b.add(e.pos, h.retention, int(h.size))
+		b.addID(id)
+		id.Seq++
 		b.starts = append(b.starts, h.start)
 		if k := len(t.segs); k > 0 && t.segs[k-1].to == h.start {
 			t.segs[k-1].to = h.start + h.size
@@ -149,8 +140,10 @@ func (e *Engine) publish(t *topic, res *Result) error {
 			t.segs = append(t.segs, segment{h.start, h.start + h.size})
 		}
 		t.bytes += uint64(h.size)
+		t.noted(b.expiry(b.count - 1))
 		e.pos++
 	}
+	t.changed = e.index
 	t.dirty = true
 	if plain == 0 {
 		return nil
@@ -343,8 +336,7 @@ func (e *Engine) putBlock(batch *pebble.Batch, t *topic, entry []byte) {
 func (e *Engine) putHeader(batch *pebble.Batch, b *block) {
 	e.rowBuf = b.appendRow(e.rowBuf[:0])
 	e.put(batch, e.rowBuf, rowBlock, b.topic, b.base)
-	base := binary.AppendUvarint(e.rowBuf[:0], b.base)
-	e.put(batch, binary.AppendUvarint(base, b.index), rowByStream, b.topic, b.stream.Ms, b.stream.Seq)
+	e.put(batch, binary.AppendUvarint(e.rowBuf[:0], b.index), rowByStream, b.topic, b.stream.Ms, b.stream.Seq, b.base)
 	if b.lastExpiry != never {
 		e.put(batch, binary.AppendUvarint(e.rowBuf[:0], b.index), rowExpiry, expiryTick(b.lastExpiry), b.topic, b.base)
 	}

@@ -13,7 +13,7 @@ const (
 	rowBlock        = 'M' // topic, base offset -> block header; written once
 	rowPayload      = 'P' // topic, base offset -> message records; written once
 	rowByIndex      = 'I' // topic, raft index -> base offset; written once
-	rowByStream     = 'X' // topic, stream ID -> base offset, raft index; written once
+	rowByStream     = 'X' // topic, stream ID, base offset -> raft index; written once
 	rowExpiry       = 'E' // expiry tick, topic, base offset -> raft index; written once
 	rowTopic        = 'T' // topic -> topic; checkpoint
 	rowGroup        = 'G' // topic, group -> group; checkpoint
@@ -31,12 +31,15 @@ const (
 	rowLargeExpiry  = 'H' // expiry tick, topic, upload; written once
 	rowUpload       = 'A' // upload -> upload; checkpoint
 	rowDocument     = 'O' // table, key -> document; checkpoint
+	rowMarks        = 'Y' // topic, chunk -> removed entries; checkpoint
+	rowConsumer     = 'C' // topic, group, number -> consumer; checkpoint
+	rowString       = 'V' // number of the key -> string; checkpoint
 	rowFloor        = 'F' // topic -> where its stored blocks begin; checkpoint, not part of the logical state
-	// Reserved: 'B' offsets by deployment, 'C' consumers, 'V' strings.
+	// Reserved: 'B' offsets by deployment.
 )
 
 // topicRows are the kinds whose key begins with a topic.
-var topicRows = []byte{rowBlock, rowPayload, rowByIndex, rowByStream, rowTopic, rowGroup, rowChunk, rowFloor, rowStaged, rowStagedIndex, rowPlace, rowPart}
+var topicRows = []byte{rowBlock, rowPayload, rowByIndex, rowByStream, rowTopic, rowGroup, rowChunk, rowFloor, rowStaged, rowStagedIndex, rowPlace, rowPart, rowMarks, rowConsumer}
 
 const rowVersion = 1
 
@@ -79,8 +82,9 @@ type block struct {
 	index         uint64
 	cluster, wall int64 // the entry's stamps, milliseconds
 	stream        StreamID
-	bytes         uint64 // of the records
-	lastExpiry    int64  // cluster time at which the last message expires
+	ids           []StreamID // all of them where they are not consecutive from stream on
+	bytes         uint64     // of the records
+	lastExpiry    int64      // cluster time at which the last message expires
 	retention     []uint32
 	runs          []posRun
 	run0          [1]posRun
@@ -156,6 +160,9 @@ func (b *block) publishedWall(i uint32) int64 {
 }
 
 func (b *block) streamOf(i uint32) StreamID {
+	if b.ids != nil {
+		return b.ids[i]
+	}
 	return StreamID{Ms: b.stream.Ms, Seq: b.stream.Seq + uint64(i)}
 }
 
@@ -214,8 +221,8 @@ func (b *block) add(pos uint32, retention uint32, size int) {
 const (
 	blockRetentionTable = 1 << 0
 	blockRunTable       = 1 << 1
-	// 1<<2 is for blocks whose stream IDs are not consecutive.
-	blockReferences = 1 << 3
+	blockIDTable        = 1 << 2 // the stream IDs are not consecutive
+	blockReferences     = 1 << 3
 )
 
 func (b *block) appendRow(dst []byte) []byte {
@@ -228,6 +235,9 @@ func (b *block) appendRow(dst []byte) []byte {
 	}
 	if len(b.runs) > 1 {
 		flags |= blockRunTable
+	}
+	if b.ids != nil {
+		flags |= blockIDTable
 	}
 	dst = append(dst, rowVersion, flags)
 	dst = binary.AppendUvarint(dst, b.index)
@@ -247,12 +257,19 @@ func (b *block) appendRow(dst []byte) []byte {
 		}
 	}
 	if len(b.runs) == 1 {
-		return binary.AppendUvarint(dst, uint64(b.runs[0].pos))
+		dst = binary.AppendUvarint(dst, uint64(b.runs[0].pos))
+	} else {
+		dst = binary.AppendUvarint(dst, uint64(len(b.runs)))
+		for _, r := range b.runs {
+			dst = binary.AppendUvarint(dst, uint64(r.pos))
+			dst = binary.AppendUvarint(dst, uint64(r.count))
+		}
 	}
-	dst = binary.AppendUvarint(dst, uint64(len(b.runs)))
-	for _, r := range b.runs {
-		dst = binary.AppendUvarint(dst, uint64(r.pos))
-		dst = binary.AppendUvarint(dst, uint64(r.count))
+	last := b.stream
+	for _, id := range b.ids[min(1, len(b.ids)):] {
+		dst = appendVarint(dst, int64(id.Ms-last.Ms))
+		dst = binary.AppendUvarint(dst, id.Seq)
+		last = id
 	}
 	return dst
 }
@@ -263,7 +280,7 @@ func parseBlock(topic, base uint64, row []byte) (*block, error) {
 		return nil, rowError(rowBlock, v)
 	}
 	flags := r.u8()
-	if flags&^(blockRetentionTable|blockRunTable|blockReferences) != 0 || flags&blockReferences != 0 && flags&(blockRetentionTable|blockRunTable) != 0 {
+	if flags&^(blockRetentionTable|blockRunTable|blockIDTable|blockReferences) != 0 || flags&blockReferences != 0 && flags&(blockRetentionTable|blockRunTable|blockIDTable) != 0 {
 		return nil, &UnknownError{What: "block header flags", Value: uint64(flags)}
 	}
 	b := &block{topic: topic, base: base, index: r.uvarint(), cluster: int64(r.upTo(1 << 60)), wall: int64(r.upTo(1 << 60)), stream: r.streamID(), bytes: r.uvarint()}
@@ -299,6 +316,16 @@ func parseBlock(topic, base uint64, row []byte) (*block, error) {
 		}
 		if total != n {
 			return nil, errMalformed
+		}
+	}
+	if flags&blockIDTable != 0 {
+		if n > uint64(len(r.b))/2+1 {
+			return nil, errMalformed
+		}
+		b.ids = make([]StreamID, n)
+		b.ids[0] = b.stream
+		for i := 1; i < len(b.ids); i++ {
+			b.ids[i] = StreamID{Ms: b.ids[i-1].Ms + uint64(r.varint()), Seq: r.uvarint()}
 		}
 	}
 	if err := r.err(); err != nil {
@@ -356,7 +383,7 @@ func (t *topic) appendRow(b []byte) []byte {
 	if more {
 		b = t.appendMore(b)
 	}
-	return b
+	return t.streamPart.append(b)
 }
 
 func parseTopic(inc uint64, row []byte) (*topic, error) {
@@ -370,6 +397,8 @@ func parseTopic(inc uint64, row []byte) (*topic, error) {
 	if f&1 != 0 {
 		t.parseMore(&r)
 	}
+	t.streamPart = r.streamPart()
+	t.gone = t.first
 	return t, r.err()
 }
 
@@ -386,7 +415,7 @@ func (g *group) appendRow(b []byte) []byte {
 	if more {
 		b = g.settings.append(b)
 	}
-	return b
+	return g.streamGroup.append(b)
 }
 
 func parseGroup(t *topic, inc uint64, row []byte) (*group, error) {
@@ -401,6 +430,7 @@ func parseGroup(t *topic, inc uint64, row []byte) (*group, error) {
 	if f&1 != 0 {
 		g.settings = r.groupSettings()
 	}
+	g.streamGroup = r.streamGroup()
 	return g, r.err()
 }
 
@@ -533,10 +563,12 @@ type state struct {
 	chain uint64
 	// incarnations numbers topics and groups, intakeCount numbers intakes. Neither number is used twice.
 	incarnations, intakeCount uint64
-	inSync                    InSync
-	members                   []Member
-	configuration             []byte
-	configurationIndex        uint64
+	// absent is the version of every key that does not exist: the index of the last entry in which one came or went.
+	absent             uint64
+	inSync             InSync
+	members            []Member
+	configuration      []byte
+	configurationIndex uint64
 	// matured is the last of the due messages that were looked at.
 	matured dueKey
 }
@@ -558,6 +590,7 @@ func (s *state) appendRest(b []byte) []byte {
 	b = binary.LittleEndian.AppendUint64(b, s.chain)
 	b = binary.AppendUvarint(b, s.incarnations)
 	b = binary.AppendUvarint(b, s.intakeCount)
+	b = binary.AppendUvarint(b, s.absent)
 	b = binary.AppendUvarint(b, s.inSync.Epoch)
 	b = binary.AppendUvarint(b, uint64(len(s.inSync.Nodes)))
 	for _, n := range s.inSync.Nodes {
@@ -587,7 +620,7 @@ func parseState(row []byte) (state, error) {
 	s.clusterID = r.str()
 	s.secret = slices.Clone(r.bytes())
 	s.chain = r.u64()
-	s.incarnations, s.intakeCount = r.uvarint(), r.uvarint()
+	s.incarnations, s.intakeCount, s.absent = r.uvarint(), r.uvarint(), r.uvarint()
 	s.inSync.Epoch = r.uvarint()
 	for range r.count(1) {
 		s.inSync.Nodes = append(s.inSync.Nodes, NodeID(r.bytes()))

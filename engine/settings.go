@@ -99,6 +99,8 @@ func (e *Engine) dropTopic(t *topic) {
 		delete(e.topics, t.name)
 	}
 	delete(e.byInc, t.inc)
+	delete(e.byExpiry, t.inc)
+	e.keyGone()
 	if t.open != nil {
 		e.open = slices.DeleteFunc(e.open, func(o *topic) bool { return o == t })
 		t.open = nil
@@ -110,9 +112,6 @@ func (e *Engine) dropTopic(t *topic) {
 	}
 	e.removedTopics = append(e.removedTopics, t.inc)
 	e.dirtRough.Add(256)
-	if e.fx != nil {
-		e.fx.Topics = true
-	}
 }
 
 // dropGroup ends a group. Whoever waits for it here is told to ask again: what comes after it is another group.
@@ -122,6 +121,8 @@ func (e *Engine) dropGroup(g *group) {
 	g.topic.parked = slices.DeleteFunc(g.topic.parked, func(o *group) bool { return o == g })
 	delete(g.topic.groups, g.name)
 	delete(g.topic.byInc, g.inc)
+	g.topic.changed, g.topic.dirty = e.index, true
+	e.touched = slices.DeleteFunc(e.touched, func(o *group) bool { return o == g })
 	e.groups[g.number] = nil
 	e.freeGroups = append(e.freeGroups, g.number)
 	e.removedGroups = append(e.removedGroups, [2]uint64{g.topic.inc, g.inc})
@@ -143,7 +144,9 @@ func (e *Engine) applyPurge(r *reader, res *Result) {
 
 // purge drops all a topic holds.
 func (e *Engine) purge(t *topic) {
-	t.first, t.firstIndex, t.firstPos = t.next, e.index, e.pos
+	t.removeBelow(t.next)
+	t.firstIndex, t.firstPos = e.index, e.pos
+	t.changed = e.index
 	// Keys of what is gone are free again. Their rows are, as ever, never written a second time: the topic takes
 	// a new number to hash them with.
 	e.incarnations++

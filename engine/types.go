@@ -316,6 +316,10 @@ type Delivery struct {
 	Body        []byte
 	// Large stands in place of the body of a large message: it is read in parts (Engine.LoadPart).
 	Large *Large
+
+	// asFields asks Load for names and values in turn instead.
+	asFields bool
+	fields   [][]byte
 }
 
 // Effects is what one Apply changed that the leader acts upon; followers ignore it. It is reused: Apply

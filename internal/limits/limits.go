@@ -83,6 +83,14 @@ const (
 	GroupsPerTopicMax = 4096
 	// TopicsMax bounds the topics of one shard.
 	TopicsMax = 1_000_000
+	// ConsumersPerGroupMax bounds the named consumers of one group.
+	ConsumersPerGroupMax = 100_000
+	// StringBytesMax bounds the value of a key that holds a string.
+	StringBytesMax = 1 << 20
+	// StringsBytesMax bounds all such keys together, which are kept in memory, with 128 bytes for each beyond name and value.
+	StringsBytesMax = 64 << 20
+	// CopyBytesMax bounds what COPY copies at once.
+	CopyBytesMax = 4 << 20
 	// ReasonBytesMax bounds the reason given with a release.
 	ReasonBytesMax = 1 << 10
 	// ReasonsPerGroupBytesMax bounds the reasons that a group keeps; later ones are dropped.
