@@ -50,6 +50,7 @@ func (a *app) run(args []string) int {
 const (
 	groupRun      = "run"
 	groupEveryday = "everyday"
+	groupManage   = "manage"
 	groupCluster  = "cluster"
 	groupDiagnose = "diagnose"
 )
@@ -86,13 +87,14 @@ Exit codes: 0 ok, 1 failure, 2 usage, 3 not found, 4 precondition, 5 unavailable
 	root.AddGroup(
 		&cobra.Group{ID: groupRun, Title: "Run:"},
 		&cobra.Group{ID: groupEveryday, Title: "Every day:"},
+		&cobra.Group{ID: groupManage, Title: "Topics, groups and messages:"},
 		&cobra.Group{ID: groupCluster, Title: "Cluster:"},
 		&cobra.Group{ID: groupDiagnose, Title: "Diagnose:"},
 	)
 	root.AddCommand(
 		a.devCommand(), a.serverCommand(), a.gatewayCommand(), a.bridgeCommand(),
 		a.sendCommand(), a.receiveCommand(), a.ackCommand(), a.releaseCommand(), a.extendCommand(), a.peekCommand(), a.tailCommand(),
-		a.subscriptionCommand(), a.applyCommand(),
+		a.topicCommand(), a.groupCommand(), a.messageCommand(), a.parkedCommand(), a.subscriptionCommand(), a.applyCommand(),
 		a.clusterCommand(), a.tokenCommand(),
 		a.benchCommand(),
 		a.walCommand(), a.versionCommand(),

@@ -72,24 +72,35 @@ func (a *app) ackCommand() *cobra.Command {
 
 func (a *app) releaseCommand() *cobra.Command {
 	var c connection
-	var group string
+	var group, reason string
+	var delay time.Duration
 	cmd := &cobra.Command{
 		Use:     "release TOPIC RECEIPT...",
-		Short:   "Give received messages back: they are delivered again at once",
+		Short:   "Give received messages back: they are delivered again, at once or later",
 		GroupID: groupEveryday,
+		Long: `Ends the leases. The messages are delivered again after --delay, and --reason is kept as the last
+error of the message for the group (see tercet message show, tercet parked list).`,
 		Example: examples(`
 			tercet release orders --group billing RECEIPT
 			tercet receive orders -o json | jq -r .receiptHandle | xargs tercet release orders
-			tercet release orders RECEIPT1 RECEIPT2 -o json`),
+			tercet release orders RECEIPT --delay 5m --reason 'no stock'`),
 		Args: cobra.MinimumNArgs(2),
 		RunE: a.withClient(&c, func(ctx context.Context, cl *client.Client, args []string) error {
+			if delay < 0 || delay > limits.VisibilityMax {
+				return usageError{fmt.Errorf("--delay %s: want 0s to %s", delay, limits.VisibilityMax)}
+			}
+			if err := wholeSeconds("--delay", delay); err != nil {
+				return err
+			}
 			return a.settleEach(args[1:], "released", func(receipt string) error {
-				return cl.Extend(ctx, args[0], group, receipt, 0)
+				return cl.Release(ctx, args[0], group, receipt, delay, reason)
 			})
 		}),
 	}
 	c.register(cmd)
 	cmd.Flags().StringVar(&group, "group", defaultGroup, "consumer `group` that received the messages")
+	cmd.Flags().DurationVar(&delay, "delay", 0, "how long until the messages are delivered again")
+	cmd.Flags().StringVar(&reason, "reason", "", "why, kept with the message for people to read")
 	return cmd
 }
 

@@ -366,3 +366,16 @@ func (c *Client) Extend(ctx context.Context, topic, group, receipt string, d tim
 		header: http.Header{"Content-Type": {wire.MediaJSON}}, body: body, repeatable: true,
 	}, nil)
 }
+
+// Release ends a lease: the message is delivered again after the delay. The reason is kept as its last error for the
+// group. It is not repeated when its outcome is unknown: the message may be somebody else's by then.
+func (c *Client) Release(ctx context.Context, topic, group, receipt string, delay time.Duration, reason string) error {
+	body, err := json.Marshal(wire.Extend{VisibilityTimeoutSeconds: int64(delay / time.Second), Release: true, Reason: reason})
+	if err != nil {
+		return err
+	}
+	return c.json(ctx, request{
+		method: http.MethodPatch, path: groupPath(topic, group) + "/lease/" + url.PathEscape(receipt),
+		header: http.Header{"Content-Type": {wire.MediaJSON}}, body: body,
+	}, nil)
+}

@@ -97,6 +97,9 @@ type Batch struct {
 // Extend is the body of a visibility change.
 type Extend struct {
 	VisibilityTimeoutSeconds int64 `json:"visibilityTimeoutSeconds"`
+	// Release ends the lease: the time is until the message is delivered again. Reason is kept as its last error.
+	Release bool   `json:"release,omitempty"`
+	Reason  string `json:"reason,omitempty"`
 }
 
 // Message is one line of an NDJSON receive. Body is base64 on the wire.
