@@ -102,47 +102,62 @@ func (l *life) rejoin() {
 func TestPreVoteIsActive(t *testing.T) {
 	for _, disabled := range []bool{false, true} {
 		t.Run(fmt.Sprintf("disabled=%t", disabled), func(t *testing.T) {
-			var logged lockedBuffer
-			w := newWorld(t)
-			lives := w.three(emptyDisks(), func(_ int, o *nodeOptions) {
-				o.logger = hclog.New(&hclog.LoggerOptions{Output: &logged, Level: hclog.Debug})
-				o.config = func(c *hraft.Config) { c.PreVoteDisabled = disabled }
-			})
-			leader, err := w.awaitLeader(patient(t))
-			if err != nil {
-				t.Fatal(err)
-			}
-			i := slices.IndexFunc(lives, func(l *life) bool { return l != leader })
-			follower := lives[i]
-			term := leader.raft.CurrentTerm()
-			follower.isolate()
-			follower.awaitState(t, hraft.Candidate)
-			ctx := patient(t)
-			// Let it campaign more than once.
-			for !logged.contains("Election timeout reached, restarting election") {
-				if err := pause(ctx, 5*time.Millisecond); err != nil {
-					t.Fatal("it does not campaign again")
+			// On a machine that is so busy that the leader loses its followers anyway, nothing is shown: again.
+			for attempt := 1; !preVoteRun(t, disabled); attempt++ {
+				if attempt == 10 {
+					t.Fatal("the leader never stayed in office by itself")
 				}
-			}
-			if raised := follower.raft.CurrentTerm() > term; raised != disabled {
-				t.Errorf("term %d after campaigns from term %d", follower.raft.CurrentTerm(), term)
-			}
-			follower.rejoin()
-			if disabled {
-				return
-			}
-			follower.awaitState(t, hraft.Follower)
-			if now, err := w.awaitLeader(patient(t)); err != nil || now != leader || leader.raft.CurrentTerm() != term {
-				t.Errorf("leader %v in term %d after the return, before in term %d: %v", now.name, leader.raft.CurrentTerm(), term, err)
-			}
-			if logged.contains("pre-vote is disabled") {
-				t.Error("raft says that pre-vote is disabled")
-			}
-			if !logged.contains("pre-vote") {
-				t.Error("raft never spoke of pre-vote")
 			}
 		})
 	}
+}
+
+// preVoteRun reports whether the run shows something.
+func preVoteRun(t *testing.T, disabled bool) bool {
+	var logged lockedBuffer
+	w := newWorld(t)
+	lives := w.three(emptyDisks(), func(_ int, o *nodeOptions) {
+		o.logger = hclog.New(&hclog.LoggerOptions{Output: &logged, Level: hclog.Debug})
+		o.config = func(c *hraft.Config) { c.PreVoteDisabled = disabled }
+	})
+	leader, err := w.awaitLeader(patient(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	i := slices.IndexFunc(lives, func(l *life) bool { return l != leader })
+	follower := lives[i]
+	term := leader.raft.CurrentTerm()
+	follower.isolate()
+	follower.awaitState(t, hraft.Candidate)
+	ctx := patient(t)
+	// Let it campaign more than once.
+	for !logged.contains("Election timeout reached, restarting election") {
+		if err := pause(ctx, 5*time.Millisecond); err != nil {
+			t.Fatal("it does not campaign again")
+		}
+	}
+	if raised := follower.raft.CurrentTerm() > term; raised != disabled {
+		t.Errorf("term %d after campaigns from term %d", follower.raft.CurrentTerm(), term)
+	}
+	steady := leader.raft.State() == hraft.Leader && leader.raft.CurrentTerm() == term
+	follower.rejoin()
+	if disabled {
+		return true
+	}
+	if !steady {
+		return false
+	}
+	follower.awaitState(t, hraft.Follower)
+	if now, err := w.awaitLeader(patient(t)); err != nil || now != leader || leader.raft.CurrentTerm() != term {
+		t.Errorf("leader %v in term %d after the return, before in term %d: %v", now.name, leader.raft.CurrentTerm(), term, err)
+	}
+	if logged.contains("pre-vote is disabled") {
+		t.Error("raft says that pre-vote is disabled")
+	}
+	if !logged.contains("pre-vote") {
+		t.Error("raft never spoke of pre-vote")
+	}
+	return true
 }
 
 // TestRestartWithoutSnapshot is decision 1's test as far as this package goes: three nodes with 100 000 small committed

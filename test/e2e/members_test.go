@@ -55,8 +55,8 @@ func tercet(t *testing.T, deadline time.Duration, args ...string) (stdout, stder
 	return r.out, r.errs, r.code
 }
 
-// fill publishes messages of 64 KiB in batches until the topic holds this many bytes.
-func fill(t *testing.T, c *harness.Cluster, topic string, total int64) {
+// fill publishes messages of 64 KiB in batches until the topic has been sent this many bytes. header goes on each.
+func fill(t *testing.T, c *harness.Cluster, topic string, total int64, header map[string]string) {
 	t.Helper()
 	const (
 		size = 64 << 10
@@ -81,7 +81,7 @@ func fill(t *testing.T, c *harness.Cluster, topic string, total int64) {
 					bodies = append(bodies, workload.Body(fmt.Sprintf("%s-%d", topic, n-per+j), size))
 				}
 				for {
-					_, a := cl.Batch(t.Context(), topic, bodies, nil)
+					_, a := cl.BatchWith(t.Context(), topic, bodies, func(int) map[string]string { return header })
 					if a.Outcome == harness.OK {
 						break
 					}
@@ -104,7 +104,7 @@ func TestReplaceNode(t *testing.T) {
 	seed := harness.Seed(t)
 	c := harness.Start(t, harness.Options{})
 	size := harness.Scale(int64(256<<20), 1200<<20)
-	fill(t, c, "ballast", size)
+	fill(t, c, "ballast", size, nil)
 	load := workload.Start(t, c, workload.Options{Seed: seed})
 	load.WaitPublished(100)
 	for round, leads := range []bool{false, true} {

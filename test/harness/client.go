@@ -190,14 +190,24 @@ type BatchResult struct {
 
 // Batch sends messages as one multipart batch. keys are their idempotency keys, where not empty; nil for none.
 func (c *Client) Batch(ctx context.Context, topic string, bodies [][]byte, keys []string) ([]BatchResult, Answer) {
+	return c.BatchWith(ctx, topic, bodies, func(i int) map[string]string {
+		if keys == nil || keys[i] == "" {
+			return nil
+		}
+		return map[string]string{"Vqs-Idempotency-Key": keys[i]}
+	})
+}
+
+// BatchWith sends messages as one multipart batch, each with the headers that header returns.
+func (c *Client) BatchWith(ctx context.Context, topic string, bodies [][]byte, header func(i int) map[string]string) ([]BatchResult, Answer) {
 	ctx, cancel := c.timeout(ctx, 0)
 	defer cancel()
 	var b bytes.Buffer
 	w := multipart.NewWriter(&b)
 	for i, body := range bodies {
 		h := map[string][]string{"content-type": {"application/octet-stream"}}
-		if keys != nil && keys[i] != "" {
-			h["vqs-idempotency-key"] = []string{keys[i]}
+		for name, value := range header(i) {
+			h[name] = []string{value}
 		}
 		part, err := w.CreatePart(h)
 		if err != nil {
