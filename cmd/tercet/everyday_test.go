@@ -7,6 +7,8 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -109,6 +111,45 @@ func messages(t *testing.T, out string) []wire.Message {
 	}
 }
 
+// TestSendIsStoredOnce: the connection ends under the request although the message was stored. It is sent again, and
+// stored once.
+func TestSendIsStoredOnce(t *testing.T) {
+	c := cli{t, startNode(t)}
+	target, err := url.Parse(c.url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	requests := 0
+	cutting := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		requests++
+		if requests > 1 {
+			httputil.NewSingleHostReverseProxy(target).ServeHTTP(w, r)
+			return
+		}
+		answer := httptest.NewRecorder()
+		httputil.NewSingleHostReverseProxy(target).ServeHTTP(answer, r)
+		if answer.Code != http.StatusCreated {
+			t.Errorf("the first send is answered %d", answer.Code)
+		}
+		panic(http.ErrAbortHandler)
+	}))
+	defer cutting.Close()
+	code, out, stderr := invoke("", "send", "once", "x", "--server", cutting.URL)
+	if code != 0 || requests != 2 {
+		t.Fatalf("exit %d after %d requests: %s%s", code, requests, out, stderr)
+	}
+	if got := messages(t, c.must("receive", "once", "--max", "0", "--ack", "-o", "json")); len(got) != 1 {
+		t.Errorf("%d messages came out, want 1", len(got))
+	}
+	// Under a key of the caller's, sending again is no second message.
+	for range 2 {
+		c.must("send", "keyed", "x", "--idempotency-key", "k-1")
+	}
+	if got := messages(t, c.must("receive", "keyed", "--max", "0", "--ack", "-o", "json")); len(got) != 1 {
+		t.Errorf("%d messages came out under one key, want 1", len(got))
+	}
+}
+
 // TestEveryday walks a message through the commands of every day.
 func TestEveryday(t *testing.T) {
 	c := cli{t, startNode(t)}
@@ -191,6 +232,7 @@ func TestMistakes(t *testing.T) {
 		{exitUsage, "--header", []string{"send", "t", "x", "--header", "novalue"}},
 		{exitUsage, "--batch", []string{"send", "t", "x", "--batch", "101"}},
 		{exitUsage, "--inflight", []string{"send", "t", "x", "--inflight", "0"}},
+		{exitUsage, "--idempotency-key", []string{"send", "t", "--jsonl", "--idempotency-key", "k"}},
 		{exitUsage, "leave MESSAGE out", []string{"send", "t", "x", "--jsonl"}},
 		{exitUsage, "--max", []string{"receive", "t", "--max", "-1"}},
 		{exitUsage, "--wait", []string{"receive", "t", "--wait", "61s"}},

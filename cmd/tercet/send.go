@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -25,6 +26,7 @@ type sendOptions struct {
 	delay       time.Duration
 	headers     []string
 	durability  string
+	key         string
 
 	jsonl    bool
 	batch    int
@@ -44,7 +46,8 @@ func (a *app) sendCommand() *cobra.Command {
 		Short:   "Publish a message, or a message per line",
 		GroupID: groupEveryday,
 		Long: `Publishes MESSAGE, or all of stdin without one, and prints the message's id once every in-sync zone has
-it on disk.
+it on disk. Should a node die under the request it is repeated at the next one, under an idempotency key, so
+that the message is stored once; --idempotency-key chooses it, and makes a later send of it a duplicate as well.
 
 With --jsonl each line of stdin is a message, sent in batches, several of them on their way at once, so
 that the order is kept only roughly (--inflight 1 keeps it). A batch whose outcome is not known is sent
@@ -53,6 +56,7 @@ refused for good are named, left out, and make the command fail at the end.`,
 		Example: examples(`
 			tercet send orders '{"id": 1}'
 			echo hello | tercet send greetings --retention 1h --delay 30s
+			tercet send invoices '{"month": "2026-11"}' --idempotency-key invoice-2026-11
 			tercet send orders --jsonl < orders.jsonl
 			tercet send orders '{"id": 2}' --durability all -o json`),
 		Args: cobra.RangeArgs(1, 2),
@@ -73,6 +77,7 @@ refused for good are named, left out, and make the command fail at the end.`,
 	f.DurationVar(&o.delay, "delay", 0, "how long until they become visible")
 	f.StringArrayVar(&o.headers, "header", nil, "application `header` as 'Name: value', may be repeated")
 	f.StringVar(&o.durability, "durability", "", "in-sync or all; all is refused while a `zone` is away (default: the servers')")
+	f.StringVar(&o.key, "idempotency-key", "", "of all messages with this `key` one is delivered (default: a random one)")
 	f.BoolVar(&o.jsonl, "jsonl", false, "send each line of stdin as a message")
 	f.IntVar(&o.batch, "batch", limits.BatchMessagesMax, "with --jsonl: messages per `request`, up to 100")
 	f.IntVar(&o.inflight, "inflight", 4, "with --jsonl: `requests` on their way at once")
@@ -106,6 +111,9 @@ func (o *sendOptions) message() (client.Message, client.Durability, error) {
 	default:
 		problems = append(problems, fmt.Errorf("--durability %q: want in-sync or all", o.durability))
 	}
+	if o.key != "" && o.jsonl {
+		problems = append(problems, errors.New("--idempotency-key is for one message: leave it out with --jsonl"))
+	}
 	if o.batch < 1 || o.batch > limits.BatchMessagesMax {
 		problems = append(problems, fmt.Errorf("--batch %d: want 1 to %d", o.batch, limits.BatchMessagesMax))
 	}
@@ -133,6 +141,9 @@ func (a *app) sendOne(ctx context.Context, cl *client.Client, args []string, o *
 	}
 	if m.ContentType == "" {
 		m.ContentType = sniff(m.Body)
+	}
+	if m.Key = o.key; m.Key == "" {
+		m.Key = rand.Text()
 	}
 	id, stored, err := cl.Send(ctx, args[0], m, durability)
 	if err != nil {
