@@ -89,10 +89,7 @@ func (e *Engine) query(q *Query) (Answer, []uint64, error) {
 	}
 	switch q.Kind {
 	case QueryPeek:
-		if q.Deployment != "" {
-			return a, nil, errs.Of(errs.Unsupported)
-		}
-		return e.peek(t, t.groups[q.Group], min(limit, limits.ReceiveMessagesMax), now)
+		return e.peek(t, t.groups[q.Group], q.Deployment, min(limit, limits.ReceiveMessagesMax), now)
 	case QueryBrowse:
 		g := t.groups[q.Group]
 		if g == nil && q.Group != "" {
@@ -138,6 +135,9 @@ func (e *Engine) query(q *Query) (Answer, []uint64, error) {
 			return a, nil, errs.New(errs.GroupNotFound, "consumer group %q not found", q.Group)
 		}
 		info, err := e.groupInfo(g, now)
+		if name := g.named(q.Deployment); err == nil && name != "" {
+			info.Ready, err = e.readyOf(g, deployment(name), now)
+		}
 		if err == nil && q.DrainRate > 0 {
 			info.Expiring, err = e.expiring(t, g.next, q.DrainRate, now)
 		}
@@ -181,7 +181,7 @@ func (b *block) sizeOf(i uint32) uint64 {
 	return b.bytes / uint64(b.count)
 }
 
-func (e *Engine) peek(t *topic, g *group, limit int, now int64) (Answer, []uint64, error) {
+func (e *Engine) peek(t *topic, g *group, deployed string, limit int, now int64) (Answer, []uint64, error) {
 	var a Answer
 	var sizes []uint64
 	add := func(b *block, i uint32, count uint32) {
@@ -193,10 +193,20 @@ func (e *Engine) peek(t *topic, g *group, limit int, now int64) (Answer, []uint6
 	}
 	off := uint64(0)
 	if g != nil {
-		off = g.next
+		off, deployed = g.next, g.named(deployed)
 	}
-	for len(a.Messages) < limit && (g == nil || e.room(g) && !g.paused()) {
-		b, i, err := e.firstLive(t, nil, off, now, false)
+	dep := deployment(deployed)
+	if g != nil && dep != 0 && g.parts[dep] != nil {
+		off = max(off, g.parts[dep].next)
+	}
+	first := func(off uint64) (*block, uint32, error) {
+		if dep != 0 {
+			return e.nextOf(t, dep, off, now)
+		}
+		return e.firstLive(t, nil, off, now, false)
+	}
+	for looks := looksMax; len(a.Messages) < limit && (g == nil || e.room(g) && !g.paused()); {
+		b, i, err := first(off)
 		if err != nil {
 			return a, nil, err
 		}
@@ -204,6 +214,15 @@ func (e *Engine) peek(t *topic, g *group, limit int, now int64) (Answer, []uint6
 			break
 		}
 		off = b.base + uint64(i)
+		if g != nil && dep == 0 {
+			if n := g.skips(b, i); n > 0 {
+				if looks--; looks == 0 {
+					break
+				}
+				off += uint64(n)
+				continue
+			}
+		}
 		if g == nil || (g.ahead == 0 || g.find(off) == nil) && g.pos.less(b.streamOf(i)) {
 			if g != nil && g.held(b, i) > now {
 				break
@@ -217,7 +236,7 @@ func (e *Engine) peek(t *topic, g *group, limit int, now int64) (Answer, []uint6
 	}
 	var due []timer
 	g.each(func(off uint64, l *lease) {
-		if v, ok := g.view(l, now); ok && !v.idle() && v.due() <= now && !t.removed(off) {
+		if v, ok := g.view(l, now); ok && !v.idle() && v.due() <= now && !t.removed(off) && (dep == 0 && !g.excluded(l.dep) || dep != 0 && l.dep == dep) {
 			due = append(due, timer{l.due(), off})
 		}
 	})

@@ -256,6 +256,17 @@ func (e *Engine) sweep(batch *pebble.Batch, s *state, removed map[uint64]removed
 			return nil, 0, fmt.Errorf("engine: expiry row %x: %w", it.Key(), errMalformed)
 		}
 		byTopic[inc] = append(byTopic[inc], base)
+		v, err := it.ValueAndErr()
+		if err != nil {
+			return nil, 0, fmt.Errorf("engine: reading the expiry index: %w", err)
+		}
+		deps, err := parseExpiry(v)
+		if err != nil {
+			return nil, 0, fmt.Errorf("engine: expiry row %x: %w", it.Key(), err)
+		}
+		for _, d := range deps {
+			_ = batch.Delete(e.keys.key(rowPosting, inc, d, base), nil)
+		}
 	}
 	if err := it.Error(); err != nil {
 		return nil, 0, fmt.Errorf("engine: reading the expiry index: %w", err)

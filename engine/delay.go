@@ -46,6 +46,7 @@ type refRun struct {
 	due           int64
 	retention     uint32
 	bytes         uint32 // of all records together
+	dep           uint64
 	from          uint32
 }
 
@@ -58,7 +59,7 @@ func (r *refRun) expiry() int64 {
 
 // follows reports whether a message directly continues the run.
 func (r *refRun) follows(o *refRun) bool {
-	return r.index == o.index && r.pos+r.count == o.pos && r.retention == o.retention && r.due == o.due
+	return r.index == o.index && r.pos+r.count == o.pos && r.retention == o.retention && r.due == o.due && r.dep == o.dep
 }
 
 // stagedMessage is a delayed message of the entry being applied.
@@ -67,6 +68,7 @@ type stagedMessage struct {
 	start, size uint32
 	due         int64
 	retention   uint32
+	dep         uint64
 }
 
 // delayKey names a delayed message.
@@ -156,6 +158,7 @@ func appendRuns(b []byte, cluster, wall int64, runs []refRun) []byte {
 		b = binary.AppendUvarint(b, uint64(r.due))
 		b = binary.AppendUvarint(b, uint64(r.retention))
 		b = binary.AppendUvarint(b, uint64(r.bytes))
+		b = binary.AppendUvarint(b, r.dep)
 	}
 	return b
 }
@@ -168,9 +171,9 @@ func parseRuns(kind byte, index uint64, row []byte) ([]refRun, error) {
 	r.upTo(0)
 	cluster, wall := int64(r.upTo(1<<60)), int64(r.upTo(1<<60))
 	var runs []refRun
-	for range r.count(5) {
+	for range r.count(6) {
 		run := refRun{index: index, cluster: cluster, wall: wall, pos: uint32(r.upTo(math.MaxUint32)), count: uint32(r.upTo(math.MaxUint32)),
-			due: int64(r.upTo(1 << 61)), retention: uint32(r.upTo(math.MaxUint32)), bytes: uint32(r.upTo(math.MaxUint32))}
+			due: int64(r.upTo(1 << 61)), retention: uint32(r.upTo(math.MaxUint32)), bytes: uint32(r.upTo(math.MaxUint32)), dep: r.uvarint()}
 		if run.count == 0 || uint64(run.pos)+uint64(run.count) > math.MaxUint32 {
 			return nil, errMalformed
 		}
@@ -195,7 +198,7 @@ func (e *Engine) stagedRuns(t *topic) []refRun {
 	var runs []refRun
 	for i := range t.staged {
 		m := &t.staged[i]
-		one := refRun{index: e.index, pos: m.pos, count: 1, cluster: e.stamp.Cluster, wall: e.stamp.Wall, due: m.due, retention: m.retention, bytes: m.size}
+		one := refRun{index: e.index, pos: m.pos, count: 1, cluster: e.stamp.Cluster, wall: e.stamp.Wall, due: m.due, retention: m.retention, bytes: m.size, dep: m.dep}
 		if k := len(runs) - 1; k >= 0 && runs[k].follows(&one) {
 			runs[k].count++
 			runs[k].bytes += one.bytes
@@ -581,7 +584,7 @@ func (c *delayChange) appendRow(b []byte) []byte {
 	for _, v := range []int64{c.run.cluster, c.run.wall, c.run.due, int64(c.run.retention), int64(c.run.bytes)} {
 		b = binary.AppendUvarint(b, uint64(v))
 	}
-	return b
+	return binary.AppendUvarint(b, c.run.dep)
 }
 
 func parseChange(k delayKey, row []byte) (*delayChange, error) {
@@ -591,7 +594,7 @@ func parseChange(k delayKey, row []byte) (*delayChange, error) {
 	}
 	c := &delayChange{cancelled: r.flags(1) != 0, due: int64(r.upTo(never))}
 	c.run = refRun{index: k.index, pos: k.pos, count: 1, cluster: int64(r.upTo(1 << 61)), wall: int64(r.upTo(1 << 61)), due: int64(r.upTo(1 << 61)),
-		retention: uint32(r.upTo(math.MaxUint32)), bytes: uint32(r.upTo(math.MaxUint32))}
+		retention: uint32(r.upTo(math.MaxUint32)), bytes: uint32(r.upTo(math.MaxUint32)), dep: r.uvarint()}
 	return c, r.err()
 }
 

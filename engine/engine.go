@@ -118,15 +118,17 @@ type Engine struct {
 	open     []*topic
 	heads    []recordHeadNote
 	specials []special
-	staging  []*topic
-	newKeys  []newKey
-	newParts []part
-	newLarge []largeEnd
-	intake   IntakeID // of the command being applied
-	scratch  []Delivery
-	touched  []*group
-	advance  int64
-	rowBuf   []byte
+	// deploymentNames is a cache.
+	deploymentNames map[string]uint64
+	staging         []*topic
+	newKeys         []newKey
+	newParts        []part
+	newLarge        []largeEnd
+	intake          IntakeID // of the command being applied
+	scratch         []Delivery
+	touched         []*group
+	advance         int64
+	rowBuf          []byte
 
 	due       timers // parked groups by the time at which something becomes deliverable
 	tidyAt    int
@@ -443,7 +445,7 @@ func (g *group) addChunk(key uint64, c *chunk) error {
 	g.live += c.live
 	for i := range c.slots {
 		l := &c.slots[i]
-		if key<<chunkShift|uint64(l.low) >= g.next {
+		if !g.passed(key<<chunkShift|uint64(l.low), l.dep) {
 			g.ahead++
 		}
 		switch l.state {

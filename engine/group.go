@@ -19,6 +19,7 @@ type lease struct {
 	epoch    uint64
 	count    uint32
 	consumer uint32 // 0 is the reserved one of the queue protocol
+	dep      uint64 // the message's deployment
 	base     uint32 // count as of the last redrive: deliveries before it do not count against MaxDeliveries
 	low      uint16 // offset within the chunk
 	state    leaseState
@@ -198,6 +199,12 @@ type group struct {
 	notes     map[uint64]string
 	noteBytes int
 	streamGroup
+	// parts are the cursors of the deployments that the group was read with, excludes those that receives without a
+	// deployment do not see.
+	parts    map[uint64]*partition
+	excludes map[uint64]bool
+	// waits are the deployments that receives parked here wait for.
+	waits map[string]bool
 
 	// What follows is memory of this node alone.
 	cur     *block // where next was found last
@@ -267,7 +274,7 @@ func (g *group) remove(off uint64, l *lease) {
 	if l.state == leased && l.flags&flagLapsed == 0 {
 		g.inflight--
 	}
-	if off >= g.next {
+	if !g.passed(off, l.dep) {
 		g.ahead--
 	}
 	if l.state == settledAhead {
@@ -304,6 +311,9 @@ func (g *group) remove(off uint64, l *lease) {
 // have expired, or that were settled ahead of it.
 func (g *group) advance(next uint64) {
 	pass := func(off uint64, l *lease) {
+		if g.passed(off, l.dep) {
+			return // by the cursor of its deployment
+		}
 		if l.state == settledAhead {
 			g.remove(off, l)
 		} else {
@@ -344,6 +354,9 @@ func (g *group) pushPending(t timer) {
 // rebuild makes the heaps anew from the set.
 func (g *group) rebuild() {
 	g.pending, g.ready, g.expiring = g.pending[:0], g.ready[:0], g.expiring[:0]
+	for _, p := range g.parts {
+		p.ready = p.ready[:0]
+	}
 	g.each(func(off uint64, l *lease) {
 		if l.expiry != never {
 			g.expiring.push(timer{l.expiry, off})
@@ -351,7 +364,7 @@ func (g *group) rebuild() {
 		switch {
 		case l.idle():
 		case l.flags&flagReady != 0:
-			g.ready.push(timer{l.due(), off})
+			g.pushReady(off, l)
 		case l.wake() != never:
 			g.pending.push(timer{l.wake(), off})
 		}
@@ -407,7 +420,10 @@ func (g *group) fold(now int64, limit int) int {
 			}
 		}
 		l.flags |= flagReady
-		g.ready.push(timer{l.due(), t.off})
+		g.pushReady(t.off, l)
+	}
+	if g.overgrown() {
+		g.rebuild()
 	}
 	return n
 }
@@ -480,7 +496,15 @@ func (g *group) takeOver(off uint64, l *lease, now, visibility int64) {
 
 // grantNew leases a message for the first time.
 func (g *group) grantNew(off uint64, stream StreamID, expiry, now, visibility int64) *lease {
+	return g.grantOf(off, 0, stream, expiry, now, visibility)
+}
+
+// grantOf leases a message of a deployment for the first time.
+func (g *group) grantOf(off, dep uint64, stream StreamID, expiry, now, visibility int64) *lease {
 	l := g.insert(off)
+	if l.dep = dep; off >= g.next && g.passed(off, dep) {
+		g.ahead-- // insert does not know of deployments
+	}
 	l.stream, l.expiry = stream, expiry
 	g.grant(off, l, now, visibility)
 	if expiry != never {
@@ -517,7 +541,7 @@ func (g *group) extend(off uint64, l *lease, deadline int64) {
 func (g *group) acknowledge(off uint64, l *lease) {
 	g.acked++
 	g.dirty = true
-	if off < g.next {
+	if g.passed(off, l.dep) {
 		g.remove(off, l)
 		return
 	}

@@ -80,7 +80,7 @@ func (e *Engine) checkGroup(g *group, assert func(bool, string, ...any)) {
 			n++
 			off := key<<chunkShift | uint64(l.low)
 			assert(off < g.topic.next, "I6", g.name, off)
-			if off >= g.next {
+			if !g.passed(off, l.dep) {
 				ahead++
 			}
 			if l.state == parked {
@@ -89,7 +89,7 @@ func (e *Engine) checkGroup(g *group, assert func(bool, string, ...any)) {
 			if l.state == leased && l.flags&flagLapsed == 0 {
 				inflight++
 			}
-			assert(l.state != settledAhead || off >= g.next, "I6", g.name, off)
+			assert(l.state != settledAhead || !g.passed(off, l.dep), "I6", g.name, off)
 			assert(l.epoch > 0 && l.epoch <= g.epoch && !epochs[l.epoch], "I7", g.name, off, l.epoch)
 			epochs[l.epoch] = true
 			assert((l.count > 0 || g.consumerCount > 0) && l.granted <= e.stamp.Cluster, "I7", g.name, off)
@@ -97,7 +97,10 @@ func (e *Engine) checkGroup(g *group, assert func(bool, string, ...any)) {
 			switch {
 			case l.idle():
 			case l.flags&flagReady != 0:
-				assert(ready[timer{l.due(), off}] && l.due() <= e.stamp.Cluster, "I8", g.name, off)
+				assert((ready[timer{l.due(), off}] || g.excluded(l.dep)) && l.due() <= e.stamp.Cluster, "I8", g.name, off)
+				if p := g.parts[l.dep]; p != nil {
+					assert(slices.Contains(p.ready, timer{l.due(), off}), "I8", g.name, off)
+				}
 			case l.wake() != never:
 				assert(pending[timer{l.wake(), off}], "I8", g.name, off)
 			}

@@ -16,9 +16,6 @@ func (e *Engine) applyReceive(r *reader, res *Result) error {
 	case r.err() != nil || v.max < 1 || v.visibility <= 0:
 		res.Code = errs.BadRequest
 		return nil
-	case len(v.deployment) > 0:
-		res.Code = errs.Unsupported
-		return nil
 	}
 	t, code := e.topicNamed(v.topic)
 	if code != errs.OK {
@@ -32,6 +29,7 @@ func (e *Engine) applyReceive(r *reader, res *Result) error {
 	}
 	now := e.stamp.Cluster
 	g.fold(now, math.MaxInt)
+	var err error
 	room := v.max
 	most := g.concurrency(v.maxConcurrency)
 	if most > 0 {
@@ -40,8 +38,17 @@ func (e *Engine) applyReceive(r *reader, res *Result) error {
 	if g.paused() {
 		room = 0
 	}
+	if len(v.deployment) == 0 && g.settings.Deployment != "" {
+		v.deployment = []byte(g.settings.Deployment)
+	}
 	ds := e.scratch[:0]
-	for len(ds) < room && e.room(g) {
+	if len(v.deployment) > 0 {
+		if ds, err = e.receiveOf(g, &v, ds, room, now, res); err != nil || res.Code != errs.OK {
+			return err
+		}
+		room = len(ds)
+	}
+	for looks := looksMax; len(ds) < room && e.room(g); {
 		b, i, err := e.firstLive(t, g.cur, g.next, now, true)
 		if err != nil {
 			return err
@@ -54,6 +61,14 @@ func (e *Engine) applyReceive(r *reader, res *Result) error {
 			break
 		}
 		off := b.base + uint64(i)
+		if n := g.skips(b, i); n > 0 {
+			g.advance(off + uint64(n))
+			g.pos = b.streamOf(i + n - 1)
+			if looks--; looks == 0 {
+				break
+			}
+			continue
+		}
 		known := g.ahead > 0 && g.find(off) != nil
 		if !g.pos.less(b.streamOf(i)) { // XGROUP SETID put the position ahead of the log
 			g.advance(off + 1)
@@ -68,7 +83,7 @@ func (e *Engine) applyReceive(r *reader, res *Result) error {
 			continue // given out through its ID before
 		}
 		g.entriesRead = -1 // estimated from here on, since keeping it costs every receive
-		l := g.grantNew(off, g.pos, b.expiry(i), now, v.visibility)
+		l := g.grantOf(off, b.dep(i), g.pos, b.expiry(i), now, v.visibility)
 		ds = append(ds, e.delivery(b, i, g, l))
 	}
 	for len(ds) < room {
@@ -111,9 +126,60 @@ func (e *Engine) applyReceive(r *reader, res *Result) error {
 	}
 	if v.park {
 		res.Parked = true
-		e.park(g)
+		e.park(g, string(v.deployment))
 	}
 	return nil
+}
+
+// receiveOf grants messages of a deployment.
+func (e *Engine) receiveOf(g *group, v *receiveView, ds []Delivery, room int, now int64, res *Result) ([]Delivery, error) {
+	dep := e.deploymentOf(v.deployment)
+	p, code, err := e.partition(g, dep)
+	if code != errs.OK || err != nil {
+		res.Code = code
+		return ds, err
+	}
+	for len(ds) < room && e.room(g) {
+		b, i, err := e.nextOf(g.topic, dep, max(p.next, g.next), now)
+		if err != nil {
+			return ds, err
+		}
+		if b == nil {
+			if p.next != g.topic.next {
+				p.next, g.dirty = g.topic.next, true
+			}
+			break
+		}
+		off := b.base + uint64(i)
+		known := g.find(off) != nil
+		if !known && g.pos.less(b.streamOf(i)) && g.held(b, i) > now {
+			break
+		}
+		if g.pass(p, off); known || !g.pos.less(b.streamOf(i)) {
+			continue
+		}
+		g.entriesRead = -1
+		l := g.grantOf(off, dep, b.streamOf(i), b.expiry(i), now, v.visibility)
+		ds = append(ds, e.delivery(b, i, g, l))
+	}
+	for len(ds) < room {
+		off, l := g.retryOf(p)
+		if l == nil {
+			break
+		}
+		if g.topic.removed(off) {
+			g.remove(off, l)
+			continue
+		}
+		b, i, err := e.blockAt(g.topic, g.cur, off)
+		if err != nil {
+			return ds, err
+		}
+		p.ready.pop()
+		g.grant(off, l, now, v.visibility)
+		ds = append(ds, e.delivery(b, i, g, l))
+	}
+	return ds, nil
 }
 
 // room reports whether the group may be given messages that it was never given.
@@ -138,9 +204,6 @@ func (e *Engine) applyReceiveID(r *reader, res *Result) error {
 	case r.err() != nil || v.visibility <= 0:
 		res.Code = errs.BadRequest
 		return nil
-	case len(v.deployment) > 0:
-		res.Code = errs.Unsupported
-		return nil
 	}
 	now := e.stamp.Cluster
 	res.Code = errs.MessageNotFound
@@ -161,12 +224,12 @@ func (e *Engine) applyReceiveID(r *reader, res *Result) error {
 	}
 	if b == nil {
 		run, due, ok, err := e.waiting(t, v.id)
-		if ok && run.expiry() > now {
+		if ok && run.expiry() > now && (len(v.deployment) == 0 || run.dep == e.deploymentOf(v.deployment)) {
 			res.Code, res.RetryAfter = errs.NotYetVisible, time.Duration(max(due-now, 1))*time.Millisecond
 		}
 		return err
 	}
-	if b.expiry(i) <= now || t.removed(b.base+uint64(i)) {
+	if off := b.base + uint64(i); b.expiry(i) <= now || t.removed(off) || len(v.deployment) > 0 && b.dep(i) != e.deploymentOf(v.deployment) {
 		return nil
 	}
 	g, code := e.groupNamed(t, v.group, false)
@@ -183,7 +246,7 @@ func (e *Engine) applyReceiveID(r *reader, res *Result) error {
 	}
 	most := g.concurrency(v.maxConcurrency)
 	switch {
-	case l == nil && off < g.next, l != nil && l.state == settledAhead:
+	case l == nil && g.passed(off, b.dep(i)), l != nil && l.state == settledAhead:
 		res.Code = errs.AlreadyAcknowledged
 		return nil
 	case l != nil && l.state == parked:
@@ -216,7 +279,7 @@ func (e *Engine) applyReceiveID(r *reader, res *Result) error {
 		res.Code, res.Inflight = errs.UnsettledLimit, g.inflight
 		return nil
 	case l == nil:
-		l = g.grantNew(off, b.streamOf(i), b.expiry(i), now, v.visibility)
+		l = g.grantOf(off, b.dep(i), b.streamOf(i), b.expiry(i), now, v.visibility)
 	default:
 		g.grant(off, l, now, v.visibility)
 	}
@@ -235,9 +298,6 @@ func (e *Engine) applySettle(r *reader, res *Result) error {
 	switch {
 	case r.bad || v.count == 0 || len(v.reason) > limits.ReasonBytesMax || v.op < Acknowledge || v.op > Route:
 		res.Code = errs.BadRequest
-		return nil
-	case len(v.deployment) > 0:
-		res.Code = errs.Unsupported
 		return nil
 	}
 	at := *r
@@ -282,7 +342,7 @@ func (e *Engine) settle(g *group, rc Receipt, v *settleView, res *Result) (errs.
 	}
 	l := g.find(rc.Offset)
 	switch {
-	case l == nil || l.state == settledAhead:
+	case l == nil || l.state == settledAhead, len(v.deployment) > 0 && l.dep != e.deploymentOf(v.deployment):
 		return errs.MessageNotFound, nil
 	case l.epoch != rc.Epoch:
 		return errs.NotHolder, nil

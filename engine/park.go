@@ -26,7 +26,7 @@ func (e *Engine) Park(r *Receive, now Stamp, register func()) (parked bool, err 
 	}
 	at := max(now.Cluster, e.stamp.Cluster)
 	if most := g.concurrency(r.MaxConcurrency); most <= 0 || g.inflightAtMost(at) < most {
-		ok, err := e.deliverable(g, at, false)
+		ok, err := e.deliverable(g, g.named(r.Deployment), at, false)
 		if err != nil || ok {
 			return false, err
 		}
@@ -35,7 +35,7 @@ func (e *Engine) Park(r *Receive, now Stamp, register func()) (parked bool, err 
 	}
 	if register != nil {
 		register()
-		e.park(g)
+		e.park(g, g.named(r.Deployment))
 	}
 	return true, nil
 }
@@ -62,7 +62,11 @@ func (e *Engine) NextDue(topic, group string) (cluster int64, ok bool) {
 }
 
 // park notes that receives wait for the group on this node.
-func (e *Engine) park(g *group) {
+func (e *Engine) park(g *group, deployment string) {
+	if g.waits == nil {
+		g.waits = make(map[string]bool)
+	}
+	g.waits[deployment] = true
 	if !g.parked {
 		g.parked = true
 		g.topic.parked = append(g.topic.parked, g)
@@ -87,25 +91,53 @@ func (e *Engine) nextEvent(g *group, now int64, apply bool) (int64, error) {
 	if g.settings.NotBefore <= now && g.settings.InitialDelay == 0 {
 		return at, nil
 	}
-	b, i, err := e.fresh(g, g.next, now, apply)
-	if err != nil || b == nil {
-		return at, err
+	held := func(b *block, i uint32, err error) error {
+		if err == nil && b != nil {
+			if h := g.held(b, i); h > now {
+				at = min(at, h)
+			}
+		}
+		return err
 	}
-	if held := g.held(b, i); held > now {
-		at = min(at, held)
+	if err := held(e.fresh(g, g.next, now, apply)); err != nil {
+		return 0, err
+	}
+	for _, d := range sortedKeys(g.waits) {
+		if d == "" {
+			continue
+		}
+		if err := held(e.freshOf(g, deployment(d), now)); err != nil {
+			return 0, err
+		}
 	}
 	return at, nil
 }
 
+// named is the deployment of a receive that names this one.
+func (g *group) named(deployment string) string {
+	if deployment == "" {
+		return g.settings.Deployment
+	}
+	return deployment
+}
+
 // fresh returns the first message at or behind off that the group was never given and has not expired, nil
-// without one.
+// without one. Having passed over much that is other deployments', it takes the next for one: whoever asks for it goes
+// on from there.
 func (e *Engine) fresh(g *group, off uint64, now int64, apply bool) (*block, uint32, error) {
-	for {
+	for looks := looksMax; ; {
 		b, i, err := e.firstLive(g.topic, g.cur, off, now, apply)
 		if err != nil || b == nil {
 			return nil, 0, err
 		}
 		off = b.base + uint64(i)
+		if n := g.skips(b, i); n > 0 {
+			if looks--; looks == 0 {
+				return b, i, nil
+			}
+			off += uint64(n)
+			continue
+		}
 		if (g.ahead == 0 || g.find(off) == nil) && g.pos.less(b.streamOf(i)) {
 			return b, i, nil
 		}
@@ -113,10 +145,52 @@ func (e *Engine) fresh(g *group, off uint64, now int64, apply bool) (*block, uin
 	}
 }
 
+// waiting lists the deployments that receives wait for.
+func (g *group) waiting() []string {
+	if len(g.waits) == 1 && g.waits[""] {
+		return onlyAll
+	}
+	return sortedKeys(g.waits)
+}
+
+var onlyAll = []string{""}
+
 // announce tells whoever waits for the group here to ask again.
 func (e *Engine) announce(g *group) {
 	if g.parked && e.fx != nil {
-		e.fx.Deliverable = append(e.fx.Deliverable, GroupRef{Topic: g.topic.name, Group: g.name})
+		for _, d := range sortedKeys(g.waits) {
+			e.fx.Deliverable = g.appendRefs(e.fx.Deliverable, d)
+		}
+	}
+}
+
+// appendRefs appends under which names receives wait for a deployment: those that name none wait under no name.
+func (g *group) appendRefs(refs []GroupRef, deployment string) []GroupRef {
+	if deployment == g.settings.Deployment {
+		refs = append(refs, GroupRef{Topic: g.topic.name, Group: g.name})
+	}
+	if deployment != "" {
+		refs = append(refs, GroupRef{Topic: g.topic.name, Group: g.name, Deployment: deployment})
+	}
+	return refs
+}
+
+// freshOf is fresh for a deployment.
+func (e *Engine) freshOf(g *group, dep uint64, now int64) (*block, uint32, error) {
+	off := g.next
+	if p := g.parts[dep]; p != nil {
+		off = max(off, p.next)
+	}
+	for {
+		b, i, err := e.nextOf(g.topic, dep, off, now)
+		if err != nil || b == nil {
+			return nil, 0, err
+		}
+		off = b.base + uint64(i)
+		if g.find(off) == nil && g.pos.less(b.streamOf(i)) {
+			return b, i, nil
+		}
+		off++
 	}
 }
 
@@ -154,13 +228,14 @@ func (e *Engine) report() error {
 			continue
 		}
 		g.fold(now, math.MaxInt)
-		ref := GroupRef{Topic: g.topic.name, Group: g.name}
-		ok, err := e.deliverable(g, now, true)
-		if err != nil {
-			return err
-		}
-		if ok {
-			e.announce(g)
+		for _, d := range g.waiting() {
+			ok, err := e.deliverable(g, d, now, true)
+			if err != nil {
+				return err
+			}
+			if ok {
+				e.fx.Deliverable = g.appendRefs(e.fx.Deliverable, d)
+			}
 		}
 		at, err := e.nextEvent(g, now, true)
 		if err != nil {
@@ -172,25 +247,43 @@ func (e *Engine) report() error {
 		}
 		if at < g.told {
 			g.told = at
-			e.fx.Due = append(e.fx.Due, ref)
+			for _, d := range sortedKeys(g.waits) {
+				e.fx.Due = g.appendRefs(e.fx.Due, d)
+			}
 		}
 	}
 	return nil
 }
 
 // deliverable reports whether a receive without a bound on concurrency would be given something at now.
-func (e *Engine) deliverable(g *group, now int64, apply bool) (bool, error) {
+// It is one that names the deployment, if that is not empty.
+func (e *Engine) deliverable(g *group, deployed string, now int64, apply bool) (bool, error) {
 	if g.paused() {
 		return false, nil
 	}
 	if e.room(g) {
-		b, i, err := e.fresh(g, g.next, now, apply)
+		var b *block
+		var i uint32
+		var err error
+		if deployed == "" {
+			b, i, err = e.fresh(g, g.next, now, apply)
+		} else {
+			b, i, err = e.freshOf(g, deployment(deployed), now)
+		}
 		if err != nil {
 			return false, err
 		}
 		if b != nil && g.held(b, i) <= now {
 			return true, nil
 		}
+	}
+	if deployed != "" {
+		p := g.parts[deployment(deployed)]
+		if p == nil {
+			return g.nextEvent() <= now || g.live > 0, nil // a receive makes it, and finds what there is
+		}
+		_, l := g.retryOf(p)
+		return l != nil || g.nextEvent() <= now, nil
 	}
 	_, l := g.retry()
 	return l != nil || g.nextEvent() <= now, nil

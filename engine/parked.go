@@ -189,7 +189,7 @@ func (e *Engine) applyParked(r *reader, res *Result) error {
 			g.pushPending(timer{now, off})
 		case Drop:
 			g.acked++
-			if off < g.next {
+			if g.passed(off, l.dep) {
 				g.remove(off, l)
 			} else {
 				g.parkedCount--

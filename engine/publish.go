@@ -78,8 +78,6 @@ func (e *Engine) noteRecord(rec *record, start, size uint32) (code errs.Code) {
 		case rec.delay > math.MaxUint32, len(rec.key) > limits.IdempotencyKeyBytesMax, len(rec.deployment) > limits.NameBytesMax,
 			rec.flags&recordDefault != 0 && rec.retention != 0, rec.delay > rec.retention && rec.retention > 0:
 			code = errs.BadRequest
-		case len(rec.deployment) > 0:
-			code = errs.Unsupported
 		}
 		e.specials = append(e.specials, special{delay: uint32(rec.delay), byDefault: rec.flags&recordDefault != 0, key: rec.key, deployment: rec.deployment})
 	}
@@ -121,7 +119,8 @@ func (e *Engine) publish(t *topic, res *Result) error {
 		if p.Kinds != nil && p.Kinds[i] != KindPlain {
 			if p.Kinds[i] == KindDelayed {
 				due := e.stamp.Cluster + int64(e.specials[i].delay)*1000
-				e.stage(t, stagedMessage{pos: e.pos, start: h.start, size: h.size, due: due, retention: h.retention})
+				e.stage(t, stagedMessage{pos: e.pos, start: h.start, size: h.size, due: due, retention: h.retention,
+					dep: e.deploymentOf(e.specials[i].deployment)})
 			}
 			e.pos++
 			if p.Kinds[i] == KindDelayed {
@@ -133,6 +132,11 @@ func (e *Engine) publish(t *topic, res *Result) error {
 		b.add(e.pos, h.retention, int(h.size))
 		b.addID(id)
 		id.Seq++
+		if len(e.specials) > 0 {
+			b.addDep(e.deploymentOf(e.specials[i].deployment))
+		} else if b.deps != nil {
+			b.addDep(0)
+		}
 		b.starts = append(b.starts, h.start)
 		if k := len(t.segs); k > 0 && t.segs[k-1].to == h.start {
 			t.segs[k-1].to = h.start + h.size
@@ -155,6 +159,22 @@ func (e *Engine) publish(t *topic, res *Result) error {
 		e.look(g)
 	}
 	return nil
+}
+
+// deploymentOf is deployment with a memory of the last names: those of an application change rarely.
+func (e *Engine) deploymentOf(name []byte) uint64 {
+	if len(name) == 0 {
+		return 0
+	}
+	if d, ok := e.deploymentNames[string(name)]; ok {
+		return d
+	}
+	if e.deploymentNames == nil || len(e.deploymentNames) >= 256 {
+		e.deploymentNames = make(map[string]uint64)
+	}
+	d := deployment(name)
+	e.deploymentNames[string(name)] = d
+	return d
 }
 
 // bound applies the topic's settings to the messages noted.
@@ -337,8 +357,14 @@ func (e *Engine) putHeader(batch *pebble.Batch, b *block) {
 	e.rowBuf = b.appendRow(e.rowBuf[:0])
 	e.put(batch, e.rowBuf, rowBlock, b.topic, b.base)
 	e.put(batch, binary.AppendUvarint(e.rowBuf[:0], b.index), rowByStream, b.topic, b.stream.Ms, b.stream.Seq, b.base)
+	deps := b.deployments()
+	e.putPostings(batch, b, deps)
 	if b.lastExpiry != never {
-		e.put(batch, binary.AppendUvarint(e.rowBuf[:0], b.index), rowExpiry, expiryTick(b.lastExpiry), b.topic, b.base)
+		row := binary.AppendUvarint(e.rowBuf[:0], b.index)
+		for _, d := range deps {
+			row = binary.LittleEndian.AppendUint64(row, d)
+		}
+		e.put(batch, row, rowExpiry, expiryTick(b.lastExpiry), b.topic, b.base)
 	}
 }
 

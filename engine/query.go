@@ -11,7 +11,8 @@ const (
 	QueryBrowse QueryKind = 2
 	// QueryTopic asks for one topic's figures.
 	QueryTopic QueryKind = 3
-	// QueryGroup asks for one group's figures.
+	// QueryGroup asks for one group's figures; with Deployment, or for a group bound to one, Ready counts that
+	// deployment's messages alone (in no more than 2000 blocks).
 	QueryGroup QueryKind = 4
 	// QueryTopics lists topics by name after After.
 	QueryTopics QueryKind = 5

@@ -27,6 +27,7 @@ const (
 	rowStagedExpiry = 'W' // expiry tick, topic, raft index; written once
 	rowPlace        = 'R' // topic, raft index, position -> where matured messages are in the log; written once
 	rowChange       = 'J' // topic, raft index, position -> a delayed message that was cancelled or moved; checkpoint
+	rowPosting      = 'B' // topic, deployment, base offset -> raft index, expiry; written once
 	rowPart         = 'L' // topic, upload, number -> a part; written once
 	rowLargeExpiry  = 'H' // expiry tick, topic, upload; written once
 	rowUpload       = 'A' // upload -> upload; checkpoint
@@ -35,11 +36,11 @@ const (
 	rowConsumer     = 'C' // topic, group, number -> consumer; checkpoint
 	rowString       = 'V' // number of the key -> string; checkpoint
 	rowFloor        = 'F' // topic -> where its stored blocks begin; checkpoint, not part of the logical state
-	// Reserved: 'B' offsets by deployment.
 )
 
 // topicRows are the kinds whose key begins with a topic.
-var topicRows = []byte{rowBlock, rowPayload, rowByIndex, rowByStream, rowTopic, rowGroup, rowChunk, rowFloor, rowStaged, rowStagedIndex, rowPlace, rowPart, rowMarks, rowConsumer}
+var topicRows = []byte{rowBlock, rowPayload, rowByIndex, rowByStream, rowTopic, rowGroup, rowChunk, rowFloor, rowStaged, rowStagedIndex, rowPlace, rowPart, rowPosting,
+	rowMarks, rowConsumer}
 
 const rowVersion = 1
 
@@ -91,6 +92,8 @@ type block struct {
 
 	// refs, in a block of references, are the delayed messages it stands for; retention and runs are empty.
 	refs []refRun
+	// deps are the deployments of the messages; nil if they have none. References carry their own.
+	deps []depRun
 
 	// data and starts are set while the entry is kept in memory: where each record begins in it.
 	data   []byte
@@ -223,12 +226,16 @@ const (
 	blockRunTable       = 1 << 1
 	blockIDTable        = 1 << 2 // the stream IDs are not consecutive
 	blockReferences     = 1 << 3
+	blockDeployments    = 1 << 4
 )
 
 func (b *block) appendRow(dst []byte) []byte {
 	var flags byte
 	if b.refs != nil {
 		flags |= blockReferences
+	}
+	if b.deps != nil {
+		flags |= blockDeployments
 	}
 	if !b.uniform && b.refs == nil {
 		flags |= blockRetentionTable
@@ -248,6 +255,9 @@ func (b *block) appendRow(dst []byte) []byte {
 	dst = binary.AppendUvarint(dst, uint64(b.count))
 	if b.refs != nil {
 		return b.appendRefs(dst)
+	}
+	if b.deps != nil {
+		dst = b.appendDeps(dst)
 	}
 	if b.uniform {
 		dst = binary.AppendUvarint(dst, uint64(b.retention0))
@@ -280,7 +290,7 @@ func parseBlock(topic, base uint64, row []byte) (*block, error) {
 		return nil, rowError(rowBlock, v)
 	}
 	flags := r.u8()
-	if flags&^(blockRetentionTable|blockRunTable|blockIDTable|blockReferences) != 0 || flags&blockReferences != 0 && flags&(blockRetentionTable|blockRunTable|blockIDTable) != 0 {
+	if flags&^(blockRetentionTable|blockRunTable|blockIDTable|blockReferences|blockDeployments) != 0 || flags&blockReferences != 0 && flags&(blockRetentionTable|blockRunTable|blockIDTable|blockDeployments) != 0 {
 		return nil, &UnknownError{What: "block header flags", Value: uint64(flags)}
 	}
 	b := &block{topic: topic, base: base, index: r.uvarint(), cluster: int64(r.upTo(1 << 60)), wall: int64(r.upTo(1 << 60)), stream: r.streamID(), bytes: r.uvarint()}
@@ -291,6 +301,9 @@ func parseBlock(topic, base uint64, row []byte) (*block, error) {
 	b.count = uint32(n)
 	if flags&blockReferences != 0 {
 		return b, b.parseRefs(&r)
+	}
+	if flags&blockDeployments != 0 {
+		b.parseDeps(&r)
 	}
 	if flags&blockRetentionTable == 0 {
 		b.uniform, b.retention0 = true, uint32(r.upTo(1<<32-1))
@@ -339,7 +352,7 @@ func (b *block) appendRefs(dst []byte) []byte {
 	dst = binary.AppendUvarint(dst, uint64(len(b.refs)))
 	for i := range b.refs {
 		r := &b.refs[i]
-		for _, v := range []uint64{r.index, uint64(r.pos), uint64(r.count), uint64(r.cluster), uint64(r.wall), uint64(r.due), uint64(r.retention), uint64(r.bytes)} {
+		for _, v := range []uint64{r.index, uint64(r.pos), uint64(r.count), uint64(r.cluster), uint64(r.wall), uint64(r.due), uint64(r.retention), uint64(r.bytes), r.dep} {
 			dst = binary.AppendUvarint(dst, v)
 		}
 	}
@@ -348,9 +361,9 @@ func (b *block) appendRefs(dst []byte) []byte {
 
 func (b *block) parseRefs(r *reader) error {
 	from, bytes := uint64(0), uint64(0)
-	for range r.count(8) {
+	for range r.count(9) {
 		run := refRun{index: r.uvarint(), pos: uint32(r.upTo(1<<32 - 1)), count: uint32(r.upTo(1<<32 - 1)), cluster: int64(r.upTo(1 << 60)), wall: int64(r.upTo(1 << 60)),
-			due: int64(r.upTo(1 << 61)), retention: uint32(r.upTo(1<<32 - 1)), bytes: uint32(r.upTo(1<<32 - 1)), from: uint32(from)}
+			due: int64(r.upTo(1 << 61)), retention: uint32(r.upTo(1<<32 - 1)), bytes: uint32(r.upTo(1<<32 - 1)), dep: r.uvarint(), from: uint32(from)}
 		if run.count == 0 {
 			return errMalformed
 		}
@@ -404,7 +417,7 @@ func parseTopic(inc uint64, row []byte) (*topic, error) {
 
 func (g *group) appendRow(b []byte) []byte {
 	more := !g.settings.isZero()
-	b = append(b, rowVersion, flags(more))
+	b = append(b, rowVersion, flags(more, len(g.parts) > 0))
 	b = appendBytes(b, g.name)
 	b = g.pos.append(b)
 	b = binary.AppendUvarint(b, g.next)
@@ -415,6 +428,9 @@ func (g *group) appendRow(b []byte) []byte {
 	if more {
 		b = g.settings.append(b)
 	}
+	if len(g.parts) > 0 {
+		b = g.appendParts(b)
+	}
 	return g.streamGroup.append(b)
 }
 
@@ -423,12 +439,16 @@ func parseGroup(t *topic, inc uint64, row []byte) (*group, error) {
 	if v := r.u8(); v != rowVersion {
 		return nil, rowError(rowGroup, v)
 	}
-	f := r.flags(1)
+	f := r.flags(2)
 	g := newGroup(t, r.str(), inc)
 	g.pos, g.next, g.epoch = r.streamID(), r.uvarint(), r.uvarint()
 	g.delivered, g.redelivered, g.acked = r.uvarint(), r.uvarint(), r.uvarint()
 	if f&1 != 0 {
 		g.settings = r.groupSettings()
+		g.compile()
+	}
+	if f&2 != 0 {
+		g.parseParts(&r)
 	}
 	g.streamGroup = r.streamGroup()
 	return g, r.err()
@@ -447,7 +467,7 @@ func (c *chunk) appendRow(b []byte, g *group, key uint64, now int64) []byte {
 		}
 		if _, ok := g.view(l, now); ok {
 			n++
-			more = more || l.base != 0 || g.notes[key<<chunkShift|uint64(l.low)] != ""
+			more = more || l.base != 0 || l.dep != 0 || g.notes[key<<chunkShift|uint64(l.low)] != ""
 		}
 	}
 	if n == 0 {
@@ -484,6 +504,7 @@ func (c *chunk) appendRow(b []byte, g *group, key uint64, now int64) []byte {
 		b = binary.AppendUvarint(b, l.stream.Seq)
 		if more {
 			b = binary.AppendUvarint(b, uint64(l.base))
+			b = binary.AppendUvarint(b, l.dep)
 			b = appendBytes(b, g.notes[key<<chunkShift|uint64(l.low)])
 		}
 		low, granted, epoch, ms = l.low, l.granted, l.epoch, l.stream.Ms
@@ -540,6 +561,7 @@ func parseChunk(g *group, key uint64, row []byte) (*chunk, error) {
 		l.stream = StreamID{Ms: prev.stream.Ms + uint64(r.varint()), Seq: r.uvarint()}
 		if more {
 			l.base = uint32(r.upTo(uint64(l.count)))
+			l.dep = r.uvarint()
 			g.note(key<<chunkShift|uint64(l.low), r.bytes())
 		}
 		if r.bad || l.state == slotFree || l.state > parked || l.routed && l.state != leased {

@@ -452,7 +452,7 @@ func (s *scenario) effects(out *strings.Builder) {
 		fmt.Fprintf(out, "deliverable: %s/%s%s\n", g.Topic, g.Group, s.deployment(g.Deployment))
 	}
 	for _, g := range s.log.fx.Due {
-		fmt.Fprintf(out, "due anew: %s/%s\n", g.Topic, g.Group)
+		fmt.Fprintf(out, "due anew: %s/%s%s\n", g.Topic, g.Group, s.deployment(g.Deployment))
 	}
 	if s.log.fx.InSync {
 		set := s.log.e.InSync()

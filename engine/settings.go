@@ -162,7 +162,7 @@ func (e *Engine) purge(t *topic) {
 	for _, inc := range sortedKeys(t.byInc) {
 		g := t.byInc[inc]
 		g.clear(true)
-		g.next, g.pos = t.next, t.last
+		g.next, g.pos, g.parts = t.next, t.last, nil
 		g.dirty = true
 		e.look(g)
 	}
@@ -240,16 +240,17 @@ func (e *Engine) applyGroupSet(r *reader, res *Result) error {
 			return err
 		}
 		g.clear(false)
-		g.next, g.pos, g.cur = next, pos, nil
+		g.next, g.pos, g.cur, g.parts = next, pos, nil, nil
 		g.ahead = 0
 		g.each(func(off uint64, _ *lease) {
-			if off >= next {
+			if off >= next { // no other cursor is left
 				g.ahead++
 			}
 		})
 	}
 	if c.Settings != nil {
 		g.set(c.Settings, now)
+		e.announce(g) // which deployment a receive waits for may be another now
 	}
 	g.dirty = true
 	e.look(g)
@@ -266,6 +267,7 @@ func (g *group) set(s *GroupSettings, now int64) {
 	slices.Sort(own.ExcludeDeployments)
 	own.ExcludeDeployments = slices.Compact(own.ExcludeDeployments)
 	g.settings = own
+	g.compile()
 	// What the old settings made of the set is written as it is: the rows would be read under the new ones. What
 	// is spent under the new ones is given up now.
 	var offs []uint64

@@ -18,7 +18,7 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 const browseLooks = 10_000
 
 // stateOf says what a message is to a group at now, and the entry it has in the unsettled set, if any.
-func (g *group) stateOf(off uint64, now int64) (MessageState, lease) {
+func (g *group) stateOf(off, dep uint64, now int64) (MessageState, lease) {
 	if l := g.find(off); l != nil {
 		v, ok := g.view(l, now)
 		switch {
@@ -33,7 +33,7 @@ func (g *group) stateOf(off uint64, now int64) (MessageState, lease) {
 		}
 		return StateReady, v
 	}
-	if off < g.next {
+	if g.passed(off, dep) {
 		return StateAcknowledged, lease{}
 	}
 	return StateReady, lease{}
@@ -50,7 +50,7 @@ func (f *MessageFilter) matchesPlace(g *group, b *block, i uint32, now int64) bo
 	case g == nil:
 		return f.State == StateReady
 	}
-	state, _ := g.stateOf(b.base+uint64(i), now)
+	state, _ := g.stateOf(b.base+uint64(i), b.dep(i), now)
 	return state == f.State
 }
 
@@ -124,7 +124,7 @@ func (e *Engine) storyAnswer(t *topic, id MessageID, now int64) (Answer, error) 
 	a.Story = &Story{State: StateReady, VisibleAt: b.wall}
 	for _, name := range sortedKeys(t.groups) {
 		g := t.groups[name]
-		state, l := g.stateOf(off, now)
+		state, l := g.stateOf(off, b.dep(i), now)
 		s := GroupStory{Group: name, State: state, Count: l.count, Error: g.notes[off]}
 		if l.count > 0 {
 			s.LeasedAt = e.wallAt(l.granted)

@@ -527,7 +527,7 @@ func (e *Engine) applyStreamReadGroup(c *StreamReadGroup, res *Result) error {
 	}
 	if c.Park {
 		res.Parked = true
-		e.park(groups[0])
+		e.park(groups[0], "")
 	}
 	return nil
 }
