@@ -113,10 +113,10 @@ type endpoint struct {
 	pooled, offered int
 	// slow is set once the endpoint has been overloaded: from then on the limit grows by one a round.
 	slow    bool
-	waiters []chan struct{}
+	waiters []*ticket
 	// changed is closed and made anew when the breaker, or the number of places, changes.
 	changed chan struct{}
-	// opened is done while the breaker is open.
+	// opened ends when the breaker opens, and when the endpoint asks for a pause.
 	opened context.Context
 	open   context.CancelFunc
 
@@ -154,7 +154,8 @@ type turn struct {
 	places int
 	// probe: the breaker is open and this is the one that may try. It ends with probed.
 	probe bool
-	// broken is done when the breaker opens: what is waited for then should not be waited for any more.
+	// broken is done when the breaker opens or the endpoint asks for a pause: what is waited for then should not be
+	// waited for any more.
 	broken context.Context
 }
 
@@ -220,39 +221,62 @@ func (e *endpoint) unprobed() {
 	}
 }
 
-// acquire takes a place for one request, waiting for it in order. A probe always has one.
-func (e *endpoint) acquire(ctx context.Context, probe bool) error {
-	e.mu.Lock()
-	if probe || len(e.waiters) == 0 && e.admitLocked() {
-		if probe {
-			e.inflight++
-		}
-		e.lastPushAt = time.Now()
-		e.mu.Unlock()
-		return nil
-	}
-	w := make(chan struct{})
-	e.waiters = append(e.waiters, w)
-	e.mu.Unlock()
-	select {
-	case <-w:
-		return nil
-	case <-ctx.Done():
-	}
+// ticket is a request's place, or its position among those who wait for one.
+type ticket struct {
+	e *endpoint
+	// ready is closed once there is a place; nil for one that there was at once.
+	ready chan struct{}
+}
+
+// enter takes a place for one request, or the last position among those who wait. A probe always has a place.
+func (e *endpoint) enter(probe bool) *ticket {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	for i := range e.waiters {
-		if e.waiters[i] == w {
-			e.waiters = append(e.waiters[:i], e.waiters[i+1:]...)
-			return context.Cause(ctx)
+	t := &ticket{e: e}
+	switch {
+	case probe:
+		e.inflight++
+	case len(e.waiters) == 0 && e.admitLocked():
+	default:
+		t.ready = make(chan struct{})
+		e.waiters = append(e.waiters, t)
+		return t
+	}
+	e.lastPushAt = time.Now()
+	return t
+}
+
+// wait returns once the place is there, or with an error when ctx ends first; the position is kept.
+func (t *ticket) wait(ctx context.Context) error {
+	if t.ready == nil {
+		return nil
+	}
+	select {
+	case <-t.ready:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// leave gives up the position, or the place that was given in the same moment.
+func (t *ticket) leave() {
+	t.e.mu.Lock()
+	for i, w := range t.e.waiters {
+		if w == t {
+			t.e.waiters = append(t.e.waiters[:i], t.e.waiters[i+1:]...)
+			t.e.changeLocked()
+			t.e.mu.Unlock()
+			return
 		}
 	}
-	return nil // it was given a place in the same moment
+	t.e.mu.Unlock()
+	t.e.cancelled(false)
 }
 
 // admitLocked takes a place if there is one.
 func (e *endpoint) admitLocked() bool {
-	if e.inflight >= max(int(e.limit), 1) {
+	if e.inflight >= max(int(e.limit), 1) || time.Now().Before(e.notBefore) {
 		return false
 	}
 	if e.inflight-e.pooled >= requestsFree {
@@ -271,7 +295,7 @@ func (e *endpoint) admitLocked() bool {
 // pumpLocked gives free places to those who wait for them.
 func (e *endpoint) pumpLocked() {
 	for len(e.waiters) > 0 && e.admitLocked() {
-		close(e.waiters[0])
+		close(e.waiters[0].ready)
 		e.waiters = e.waiters[1:]
 		e.lastPushAt = time.Now()
 	}
@@ -367,6 +391,17 @@ func (e *endpoint) overloadedLocked(now time.Time, pause time.Duration) {
 	if pause > 0 {
 		if at := now.Add(min(pause, retryAfterHeaderMax)); at.After(e.notBefore) {
 			e.notBefore = at
+			// What was granted already waits for the end of it; what is parked asks anew then.
+			time.AfterFunc(at.Sub(now), func() {
+				e.mu.Lock()
+				defer e.mu.Unlock()
+				e.pumpLocked()
+				e.changeLocked()
+			})
+			if e.breaker == breakerClosed {
+				e.open()
+				e.opened, e.open = context.WithCancel(context.Background())
+			}
 		}
 	}
 	switch {

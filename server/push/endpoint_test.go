@@ -18,6 +18,16 @@ func testEndpoint(s Subscription) *endpoint {
 	return newEndpoint(&s, &pool{free: poolMax})
 }
 
+// acquire waits for a place and gives up the position when ctx ends first.
+func (e *endpoint) acquire(ctx context.Context, probe bool) error {
+	t := e.enter(probe)
+	err := t.wait(ctx)
+	if err != nil {
+		t.leave()
+	}
+	return err
+}
+
 // fail makes requests that end with an overload.
 func fail(t *testing.T, e *endpoint, n int) {
 	t.Helper()

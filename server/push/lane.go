@@ -156,10 +156,8 @@ func (l *lane) start(delivery engine.Delivery, bare, probe bool) {
 		l.d.release(l.topic, l.feed.sub, delivery.Receipt, 0, "")
 		return
 	}
-	p := &push{d: l.d, feed: l.feed, topic: l.topic, delivery: delivery, bare: bare, probe: probe}
-	if probe {
-		_ = l.feed.ep.acquire(l.d.life, true) // never waits
-	}
+	// The position is taken here and not on the push's own goroutine: what the lane asks for next depends on it.
+	p := &push{d: l.d, feed: l.feed, topic: l.topic, delivery: delivery, bare: bare, probe: probe, ticket: l.feed.ep.enter(probe)}
 	go func() {
 		defer l.d.pushes.Done()
 		p.run()
@@ -174,6 +172,7 @@ type push struct {
 	delivery engine.Delivery
 	bare     bool
 	probe    bool
+	ticket   *ticket
 	// routing: the message does not travel with the request, and the lease is one that a receive by id takes over.
 	routing bool
 	// held is what of the budget for bodies this push has.
@@ -185,7 +184,8 @@ func (p *push) lease() time.Duration { return time.Duration(p.feed.sub.Lease) * 
 
 // run makes the request and settles what the endpoint did not.
 func (p *push) run() {
-	if !p.probe && !p.place() {
+	if !p.place() {
+		p.ticket.leave()
 		return
 	}
 	defer p.letGo()
@@ -220,7 +220,7 @@ func (p *push) run() {
 func (p *push) place() bool {
 	for {
 		ctx, cancel := context.WithTimeout(p.d.life, p.lease()/3)
-		err := p.feed.ep.acquire(ctx, false)
+		err := p.ticket.wait(ctx)
 		cancel()
 		if err == nil {
 			return true
