@@ -338,7 +338,7 @@ an acknowledgement by the others, and receives everything afterwards to prove th
 	f.StringVar(&o.baselineBinary, "baseline-binary", "", "`path` of the baseline (default: built from bench/baseline, which needs Go)")
 	f.IntVar(&o.pairs, "pairs", 2, "runs of each with --baseline")
 	f.StringVar(&o.kill, "kill", "", "`whom` to disrupt: leader or follower (SIGKILL), term-leader, or pause-leader")
-	f.StringVar(&o.profile, "profile", "", "write CPU and allocation profiles of the servers into this `directory`")
+	f.StringVar(&o.profile, "profile", "", "write CPU, allocation, block and mutex profiles and a trace of each server into this `directory`")
 	return cmd
 }
 
@@ -422,10 +422,29 @@ func profile(ctx context.Context, server bench.SubjectNode, prefix string, durin
 		_, err = io.Copy(f, resp.Body)
 		return errors.Join(err, f.Close())
 	}
-	seconds := max(1, int((during-500*time.Millisecond)/time.Second))
+	contention := func(on bool) error {
+		req, err := http.NewRequestWithContext(ctx, http.MethodPost, fmt.Sprintf("http://%s/debug/contention?on=%t", server.Endpoint, on), nil)
+		if err != nil {
+			return err
+		}
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			return err
+		}
+		return resp.Body.Close()
+	}
+	// One after the other, since each costs the server something: most of the time for CPU, then a second of what is
+	// waited for, and a trace, which is large.
+	seconds := max(1, int((during-2500*time.Millisecond)/time.Second))
 	return errors.Join(
 		fetch(fmt.Sprintf("profile?seconds=%d", seconds), "-cpu.pprof"),
+		// What was allocated since the process began; the load is nearly all of it.
 		fetch("allocs", "-allocs.pprof"),
+		contention(true),
+		fetch("block?seconds=1", "-block.pprof"),
+		fetch("mutex?seconds=1", "-mutex.pprof"),
+		contention(false),
+		fetch("trace?seconds=0.1", "-trace.out"),
 	)
 }
 
