@@ -99,7 +99,8 @@ func (s shape) lines() []line {
 		func(_ *line, w *bench.Workload) { w.Batch = 100 })
 	add("window", "16 clients, 64 requests of one message under way each", 2, contenders(wayLeader, wayRESP),
 		func(_ *line, w *bench.Workload) { w.Window = 64 })
-	for _, size := range []int{100, 16 << 10, 1 << 20} {
+	// The largest is as large as a stream's entry may be together with the name of its field.
+	for _, size := range []int{100, 16 << 10, 1023 << 10} {
 		add("size-"+strings.ReplaceAll(bench.FormatBytes(int64(size)), " ", ""), "64 clients, "+bench.FormatBytes(int64(size)), 1,
 			contenders(wayLeader, wayRESP, wayHTTP), func(_ *line, w *bench.Workload) { w.Publishers, w.Size = 64, size })
 	}

@@ -315,9 +315,18 @@ func (r *runner) measure(ctx context.Context, c cluster, l line, who contender) 
 	return all, failed
 }
 
+// countedPatience bounds a workload of a number of messages, if that is small.
+const countedPatience = 30 * time.Second
+
 // once runs a workload with an account of CPU time.
 func (r *runner) once(ctx context.Context, c cluster, w bench.Workload, who contender) (measurement, error) {
 	m := measurement{Contender: who, At: time.Now(), Workload: w}
+	if w.Messages > 0 {
+		// A system that refuses everything never has so many messages.
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, max(countedPatience, time.Duration(w.Messages)*time.Millisecond))
+		defer cancel()
+	}
 	var meter *bench.Meter
 	var failed error
 	res, err := c.run(ctx, w, who.Way, bench.Hooks{
@@ -330,6 +339,9 @@ func (r *runner) once(ctx context.Context, c cluster, w bench.Workload, who cont
 		Progress: r.view.progress,
 	})
 	if err := errors.Join(err, failed); err != nil {
+		if res != nil && len(res.Failed) > 0 {
+			err = fmt.Errorf("%w; failed: %v", err, res.Failed)
+		}
 		m.Error = err.Error()
 		return m, err
 	}

@@ -178,5 +178,28 @@ func (c *tercetCluster) run(ctx context.Context, w bench.Workload, way string, h
 	return nil, fmt.Errorf("no way %q into %s", way, c.t.as)
 }
 
-// clean leaves the messages to their retention of 60 s.
-func (c *tercetCluster) clean(context.Context, bench.Workload) error { return nil }
+// clean deletes the topics. The baseline has no such call, and leaves the messages to their retention of 60 s.
+func (c *tercetCluster) clean(ctx context.Context, w bench.Workload) error {
+	if c.t.as == sysRaftWAL {
+		return nil
+	}
+	i, err := c.leader(ctx)
+	if err != nil {
+		return err
+	}
+	for _, topic := range topicsOf(w) {
+		req, err := http.NewRequestWithContext(ctx, http.MethodDelete, "http://"+c.http[i]+"/v1/topics/"+topic, nil)
+		if err != nil {
+			return err
+		}
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			return err
+		}
+		resp.Body.Close()
+		if resp.StatusCode/100 != 2 && resp.StatusCode != http.StatusNotFound { // nothing may have been published to it
+			return fmt.Errorf("DELETE %s: %s", req.URL.Path, resp.Status)
+		}
+	}
+	return nil
+}
