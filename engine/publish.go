@@ -322,7 +322,11 @@ func (e *Engine) store(entry []byte) error {
 		return fmt.Errorf("writing blocks: %w", err)
 	}
 	for _, t := range e.open {
+		b := t.open
 		t.open = nil
+		if t.marked > 0 {
+			t.noteDead(b)
+		}
 		if e.fx != nil {
 			e.fx.Appended = append(e.fx.Appended, t.name)
 		}

@@ -44,6 +44,8 @@ func (e *Engine) applyStream(kind Kind, in *reader, end uint32, res *Result) err
 		e.applyKeyDelete(c, res)
 	case *KeyRename:
 		e.applyKeyRename(c, res)
+	case *KeyCopy:
+		return e.applyKeyCopy(c, end, res)
 	case *KeyExpire:
 		e.applyKeyExpire(c, res)
 	case *StringSet:

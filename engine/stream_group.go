@@ -16,9 +16,6 @@ type streamGroup struct {
 	valkey bool
 	// entriesRead counts the entries read, -1 while that is not known.
 	entriesRead int64
-	// high is the greatest next before XGROUP SETID moved it back: what lies below was given once, and an
-	// acknowledgement of it does not keep it from being given again.
-	high uint64
 
 	consumers     map[string]*consumer
 	byNum         map[uint32]*consumer
@@ -47,13 +44,12 @@ const (
 func (s *streamGroup) append(b []byte) []byte {
 	b = append(b, bit(s.valkey, groupValkey))
 	b = appendVarint(b, s.entriesRead)
-	b = binary.AppendUvarint(b, s.high)
 	return binary.AppendUvarint(b, uint64(s.consumerCount))
 }
 
 func (r *reader) streamGroup() streamGroup {
 	f := r.flags(groupFlags)
-	return streamGroup{valkey: f&groupValkey != 0, entriesRead: r.varint(), high: r.uvarint(), consumerCount: uint32(r.upTo(1<<32 - 1))}
+	return streamGroup{valkey: f&groupValkey != 0, entriesRead: r.varint(), consumerCount: uint32(r.upTo(1<<32 - 1))}
 }
 
 func (c *consumer) appendRow(b []byte) []byte {
@@ -283,7 +279,6 @@ func (g *group) put(off uint64, stream StreamID, expiry int64) *lease {
 
 // rewind moves the cursor back.
 func (g *group) rewind(next uint64) {
-	g.high = max(g.high, g.next)
 	g.next = next
 	g.ahead = 0
 	g.each(func(off uint64, _ *lease) {
@@ -295,10 +290,11 @@ func (g *group) rewind(next uint64) {
 	g.dirty = true
 }
 
-// drop takes an entry out of the set by XACK, XDEL or the end of its consumer. One that was received by its ID
-// before the cursor came to it stays noted as settled.
+// drop takes an entry out of the set by XACK or because it is gone. One that the queue protocol received by its ID
+// before the cursor came to it stays noted as settled; what Valkey made pending there (XCLAIM FORCE, XGROUP SETID
+// back) is given again by ">", as there.
 func (g *group) drop(off uint64, l *lease) {
-	if off >= g.next && off >= g.high {
+	if off >= g.next && l.consumer == 0 {
 		g.settleAhead(off, l)
 		return
 	}

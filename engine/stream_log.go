@@ -468,15 +468,15 @@ func (e *Engine) removeEntry(t *topic, b *block, i uint32) {
 	t.mark(b.base + uint64(i))
 	t.changed = e.index
 	e.dirtRough.Add(64)
-	if b.base < t.first {
-		return // the floor takes it along, or what is left of it
+	t.noteDead(b)
+}
+
+// noteDead has the next checkpoint remove a block if nothing of it is left. One that is still growing is looked at
+// when its entry is done; one that ends at the first entry or below goes with the floor.
+func (t *topic) noteDead(b *block) {
+	if b != t.open && b.base >= t.first && t.allRemoved(b) {
+		t.dead = append(t.dead, b.base)
 	}
-	for k := range b.count {
-		if !t.removed(b.base + uint64(k)) {
-			return
-		}
-	}
-	t.dead = append(t.dead, b.base)
 }
 
 // allRemoved reports whether every entry of a block was removed.
