@@ -17,6 +17,15 @@ const levelMax = 1
 // LevelMax returns the highest feature level this release understands, for the announcement to the leader.
 func LevelMax() uint32 { return levelMax }
 
+// Level returns the feature level a command belongs to. What a cluster needs to exist belongs to none.
+func (k Kind) Level() uint32 {
+	switch k {
+	case CmdInit, CmdOpenIntake, CmdTick, CmdShrink, CmdExpand, CmdLevel:
+		return 0
+	}
+	return 1
+}
+
 // Flags of a message record.
 const (
 	recordDelay      = 1 << 0

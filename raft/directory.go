@@ -31,12 +31,14 @@ type card struct {
 	Draining bool `json:"draining,omitempty"`
 	// Clock is the cluster time when the card was written, from the node that leads.
 	Clock int64 `json:"clock,omitempty"`
-	// Level is the newest feature level the node's release knows.
-	Level uint32 `json:"level,omitempty"`
+	// Level is the newest feature level the node's release knows; nil where it was not told.
+	Level *uint32 `json:"level,omitempty"`
 	// Expected names the nodes that an operator has invited (AddMember, ReplaceMember), with the time until
 	// which that holds, Unix seconds. It travels with the cards so that the next leader knows.
 	Expected map[string]int64 `json:"expected,omitempty"`
 }
+
+func (c *card) levelKnown() bool { return c.Level != nil }
 
 // invitationLife is how long an operator's invitation holds.
 const invitationLife = 24 * time.Hour
@@ -98,6 +100,15 @@ func (d *directory) put(c card, now time.Time) {
 			d.dirty = true
 		}
 	}
+}
+
+// putLevel takes note of the level a node's release knows, as it says when it introduces itself.
+func (d *directory) putLevel(id engine.NodeID, level *uint32) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	c := d.cards[id]
+	c.ID, c.Level = id, level
+	d.cards[id] = c
 }
 
 // get returns a node's card and when it came, zero when it is from before this process.

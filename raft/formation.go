@@ -43,6 +43,8 @@ type introduction struct {
 	ID   engine.NodeID `json:"id"`
 	Zone string        `json:"zone"`
 	Addr string        `json:"addr"`
+	// Level is the highest feature level the node's release knows.
+	Level *uint32 `json:"level,omitempty"`
 	// View is who the founding members are, by name, once all of them are known.
 	View map[string]engine.NodeID `json:"view,omitempty"`
 
@@ -56,6 +58,8 @@ type introduction struct {
 	Admitted bool `json:"admitted,omitempty"`
 	// Known names the member that has the asking node's name and another incarnation.
 	Known engine.NodeID `json:"known,omitempty"`
+	// NeedLevel says that the asking node's release is too old for the cluster.
+	NeedLevel uint32 `json:"needLevel,omitempty"`
 }
 
 // founding is what a node knows while the cluster is founded.
@@ -93,11 +97,13 @@ func (n *Node) introduce(_ context.Context, from peer.Remote, body []byte) ([]by
 	if err := json.Unmarshal(body, &q); err != nil || q.ID != engine.NodeID(from.ID) {
 		return nil, errMalformed
 	}
-	a := introduction{ID: n.id, Zone: n.cfg.Zone, Addr: n.cfg.PeerAddr}
+	level := n.levelMax()
+	a := introduction{ID: n.id, Zone: n.cfg.Zone, Addr: n.cfg.PeerAddr, Level: &level}
 	config := n.configuration()
 	if len(config.Servers) == 0 {
 		if f := n.foundingNow(); f != nil {
 			if q.Want == "found" && slices.ContainsFunc(n.cfg.Peers, func(p Peer) bool { return p.Name == nameOf(q.ID) }) {
+				n.directory.putLevel(q.ID, q.Level)
 				f.saw(q.ID, len(n.cfg.Peers))
 			}
 			a.View = f.view()
@@ -122,13 +128,18 @@ func (n *Node) introduce(_ context.Context, from peer.Remote, body []byte) ([]by
 	if n.ready.Load() {
 		addr, _ := n.raft.LeaderWithID()
 		a.Leader = string(addr)
-		if q.Want == "join" && !a.Admitted && validName(nameOf(q.ID)) {
+		switch {
+		case q.Level == nil || q.Want != "join":
+		case n.tooOld(*q.Level):
+			a.NeedLevel = n.eng.Level()
+		}
+		if q.Want == "join" && !a.Admitted && a.NeedLevel == 0 && validName(nameOf(q.ID)) {
 			n.strangersMu.Lock()
 			if len(n.strangers) < 64 {
 				n.strangers[q.ID] = stranger{id: q.ID, addr: q.Addr, at: n.now()}
 			}
 			n.strangersMu.Unlock()
-			n.directory.put(card{ID: q.ID, Zone: q.Zone, Peer: q.Addr}, n.now())
+			n.directory.put(card{ID: q.ID, Zone: q.Zone, Peer: q.Addr, Level: q.Level}, n.now())
 		}
 	}
 	return json.Marshal(a)
@@ -136,7 +147,8 @@ func (n *Node) introduce(_ context.Context, from peer.Remote, body []byte) ([]by
 
 // ask asks the node at an address.
 func (n *Node) ask(ctx context.Context, addr string, q introduction) (introduction, error) {
-	q.ID, q.Zone, q.Addr = n.id, n.cfg.Zone, n.cfg.PeerAddr
+	level := n.levelMax()
+	q.ID, q.Zone, q.Addr, q.Level = n.id, n.cfg.Zone, n.cfg.PeerAddr, &level
 	body, err := json.Marshal(q)
 	if err != nil {
 		return introduction{}, err
@@ -241,6 +253,7 @@ func (n *Node) found(ctx context.Context) (hraft.Configuration, error) {
 				return hraft.Configuration{}, &StartError{Kind: ErrRefused, Message: fmt.Sprintf("%s is already part of a cluster without %s", p.Name, n.cfg.Name),
 					Remedy: fmt.Sprintf("tercet cluster add %s --server URL, then start this node with --join", n.cfg.Name)}
 			}
+			n.directory.putLevel(a.ID, a.Level)
 			f.saw(a.ID, len(n.cfg.Peers))
 			if view := f.view(); view != nil {
 				// Whoever founds first connects at once, and should not be taken for a stranger.
@@ -293,6 +306,7 @@ func (n *Node) wiped(a introduction) error {
 
 // join asks for admission until this node is a member.
 func (n *Node) join(ctx context.Context) error {
+	level := n.levelMax()
 	t := time.NewTicker(joinEvery)
 	defer t.Stop()
 	var last error
@@ -315,7 +329,11 @@ func (n *Node) join(ctx context.Context) error {
 				last = fmt.Errorf("the node at %s is part of no cluster yet", addr)
 				continue
 			}
-			n.directory.put(card{ID: a.ID, Zone: a.Zone, Peer: a.Addr}, n.now())
+			n.directory.put(card{ID: a.ID, Zone: a.Zone, Peer: a.Addr, Level: a.Level}, n.now())
+			if a.NeedLevel != 0 {
+				return &StartError{Kind: ErrRefused, Message: fmt.Sprintf("the cluster is at feature level %d, and this release knows %d", a.NeedLevel, level),
+					Remedy: sameRelease}
+			}
 			if a.Admitted {
 				return n.admitted(a)
 			}

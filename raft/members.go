@@ -139,7 +139,7 @@ func (n *Node) strangersNow(now time.Time) []stranger {
 
 // adminRequest is an operator's wish on its way to the leader.
 type adminRequest struct {
-	// Do is "add", "remove", "replace" or "transfer".
+	// Do is "add", "remove", "replace", "transfer" or "finalize".
 	Do   string `json:"do"`
 	Name string `json:"name"`
 }
@@ -203,7 +203,7 @@ func (n *Node) admin(ctx context.Context, a adminRequest) error {
 				return jerr
 			}
 			var raw []byte
-			raw, err = n.mesh.Call(ctx, peerID(leader), kindAdmin, body)
+			raw, err = n.callLeader(ctx, leader, kindAdmin, body)
 			if err == nil {
 				var r adminReply
 				if err = json.Unmarshal(raw, &r); err == nil {
@@ -235,7 +235,7 @@ func (n *Node) administer(ctx context.Context, a adminRequest) error {
 	if n.openTerm.Load() == 0 {
 		return errs.Of(errs.NotLeader)
 	}
-	if !validName(a.Name) && !(a.Do == "transfer" && a.Name == "") {
+	if !validName(a.Name) && !((a.Do == "transfer" || a.Do == "finalize") && a.Name == "") {
 		return errs.New(errs.InvalidName, "%q is not a node id", a.Name)
 	}
 	now := n.now()
@@ -258,6 +258,8 @@ func (n *Node) administer(ctx context.Context, a adminRequest) error {
 		return nil
 	case "transfer":
 		return n.transfer(ctx, a.Name)
+	case "finalize":
+		return n.finalize(ctx)
 	default:
 		return errs.New(errs.BadRequest, "unknown wish %q", a.Do)
 	}
@@ -478,13 +480,13 @@ func (n *Node) serveCard(from engine.NodeID, body []byte) ([]byte, error) {
 func (n *Node) card() card {
 	free, reserve := n.space()
 	index, _ := n.eng.Applied()
-	leads := n.openTerm.Load()
+	leads, level := n.openTerm.Load(), n.levelMax()
 	var clock int64
 	if leads != 0 {
 		clock = n.clock.now().Cluster
 	}
 	return card{ID: n.id, Zone: n.cfg.Zone, Peer: n.cfg.PeerAddr, HTTP: n.cfg.HTTPAddr, Valkey: n.cfg.ValkeyAddr,
-		Version: n.cfg.Version, Free: free, Reserve: reserve, Applied: index, Level: engine.LevelMax(), Leads: leads, Clock: clock, Stalled: n.stalled.Load(), Draining: n.draining.Load(),
+		Version: n.cfg.Version, Free: free, Reserve: reserve, Applied: index, Level: &level, Leads: leads, Clock: clock, Stalled: n.stalled.Load(), Draining: n.draining.Load(),
 		Expected: n.directory.invitations(n.now())}
 }
 

@@ -56,6 +56,8 @@ type testHooks struct {
 	installGrace time.Duration
 	// parkSlice overrides parkSliceMax, when not zero.
 	parkSlice time.Duration
+	// levelMax, when not nil, is the highest feature level the node claims to know: an older release.
+	levelMax *uint32
 	// keepIntake overrides keepIntakeEvery, when not zero.
 	keepIntake time.Duration
 }
@@ -91,6 +93,9 @@ type Node struct {
 	meter  logMeter
 
 	watches watches
+	// reign ends when this node learns of another leader, or that there is none.
+	reign    atomic.Pointer[context.Context]
+	endReign context.CancelFunc // of tick alone
 
 	// serviceMu orders the openings and closings of the service.
 	serviceMu sync.Mutex
@@ -276,6 +281,7 @@ func Start(ctx context.Context, cfg Config) (*Node, error) {
 		strangers: make(map[engine.NodeID]stranger), stop: make(chan struct{}), done: make(chan struct{}),
 		policy: newZonePolicy(cfg.ZoneTimeout),
 	}
+	n.beginReign()
 	n.inbox.ops = make(map[forwardKey]*op)
 	n.machine = &machine{n: n}
 	n.appliedSignal.init()
@@ -427,7 +433,14 @@ func (n *Node) recoverState() error {
 		if _, corrupt := errors.AsType[*wal.CorruptionError](err); corrupt {
 			return damaged(n.cfg.Name, err)
 		}
+		if _, newer := errors.AsType[*engine.UnknownError](err); newer {
+			return &StartError{Kind: ErrForeign, Message: fmt.Sprintf("%s holds what a newer release wrote", n.cfg.Dir), Remedy: sameRelease, Cause: err}
+		}
 		return fmt.Errorf("replaying the log: %w", err)
+	}
+	if have := n.eng.Level(); have > n.levelMax() {
+		return &StartError{Kind: ErrForeign, Message: fmt.Sprintf("%s is at feature level %d, and this release knows %d", n.cfg.Dir, have, n.levelMax()),
+			Remedy: sameRelease}
 	}
 	if through > first {
 		n.log.Info("replayed the log", "from", first+1, "through", through)
@@ -739,7 +752,7 @@ func (n *Node) newCall(p Proposal) (*call, error) {
 		return nil, errs.Of(errs.BadRequest).With(err)
 	}
 	switch probe.kind {
-	case engine.CmdInit, engine.CmdOpenIntake, engine.CmdShrink, engine.CmdExpand:
+	case engine.CmdInit, engine.CmdOpenIntake, engine.CmdShrink, engine.CmdExpand, engine.CmdLevel:
 		return nil, errs.New(errs.BadRequest, "command kind %d is not for clients", probe.kind)
 	case engine.CmdReceive, engine.CmdStreamReadGroup:
 		wait := p.Wait > 0 && probe.receive != nil
@@ -820,6 +833,16 @@ func (n *Node) fatal(err error) {
 	n.setErr(err)
 	n.log.Error("stopping", "error", err)
 	go func() { _ = n.Close() }()
+}
+
+// beginReign replaces the context that ends with the leader known now.
+func (n *Node) beginReign() {
+	if n.endReign != nil {
+		n.endReign()
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	n.reign.Store(&ctx)
+	n.endReign = cancel
 }
 
 // Gatherer returns the registry that holds the node's metrics when Config.Registerer was nil.

@@ -8,6 +8,7 @@ import (
 
 	"tercet.dev/tercet/engine"
 	"tercet.dev/tercet/internal/errs"
+	"tercet.dev/tercet/raft/peer"
 )
 
 // readTimeout bounds one round of evidence. A leader without a majority loses its lease long before.
@@ -127,6 +128,24 @@ func (n *Node) Query(ctx context.Context, q engine.Query) (engine.Answer, error)
 	}
 }
 
+// callLeader asks the leader, as long as it is the one. It does not wait for a connection: a leader that cannot be
+// reached is soon another one.
+func (n *Node) callLeader(ctx context.Context, leader engine.NodeID, kind peer.Kind, body []byte) ([]byte, error) {
+	reign := *n.reign.Load()
+	link, err := n.mesh.Link(peerID(leader), peer.Forward)
+	if err != nil {
+		return nil, err
+	}
+	conn := link.Current()
+	if conn == nil || n.leaderNow() != leader {
+		return nil, &peer.ConnError{Peer: peerID(leader), Cause: errs.Of(errs.NoLeader)}
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(reign, cancel)()
+	return conn.Call(ctx, kind, 0, body)
+}
+
 // StaleQuery reads what this node has applied, which may be behind what was acknowledged.
 func (n *Node) StaleQuery(q engine.Query) (engine.Answer, error) {
 	if q.Now == 0 {
@@ -174,7 +193,7 @@ func (n *Node) tryQuery(ctx context.Context, q *engine.Query) (engine.Answer, er
 	case n.id:
 		return n.readLocal(ctx, q)
 	}
-	reply, err := n.mesh.Call(ctx, peerID(leader), kindQuery, engine.AppendQuery(nil, q))
+	reply, err := n.callLeader(ctx, leader, kindQuery, engine.AppendQuery(nil, q))
 	if err != nil {
 		return engine.Answer{}, errs.Of(errs.NotLeader).With(err)
 	}

@@ -174,6 +174,9 @@ func (n *Node) complete() (missing []string) {
 
 // refuse says why an op must not be proposed now (decisions 10, 26).
 func (n *Node) refuse(o *op) *errs.Error {
+	if err := n.belowLevel(o); err != nil {
+		return err
+	}
 	if !o.kind.Stores() {
 		return nil
 	}
@@ -241,7 +244,7 @@ func (n *Node) lead() {
 	if n.eng.ClusterID() == "" {
 		var b [48]byte
 		_, _ = rand.Read(b[:]) // never fails, by its contract
-		cmd = &engine.Init{ClusterID: hex.EncodeToString(b[:16]), Secret: b[16:], Level: engine.LevelMax()}
+		cmd = &engine.Init{ClusterID: hex.EncodeToString(b[:16]), Secret: b[16:], Level: n.foundingLevel()}
 	}
 	n.coal.enqueue(&op{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority, urgent: true,
 		from: originFunc(func(o *op, out outcome) {
@@ -441,6 +444,7 @@ func (n *Node) updateRoute() {
 	}
 	if node != n.shownLeader {
 		n.shownLeader = node
+		n.beginReign()
 		n.watches.signal(WatchLeader, "")
 	}
 	if node == n.id && n.stalled.Load() {

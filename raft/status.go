@@ -19,6 +19,7 @@ func (n *Node) Status() Status {
 	if id := n.clusterID.Load(); id != nil {
 		s.ClusterID = *id
 	}
+	s.Level = n.eng.Level()
 	s.Term = n.raft.CurrentTerm()
 	_, leader := n.raft.LeaderWithID()
 	s.Leader = nameOf(engine.NodeID(leader))
@@ -33,6 +34,12 @@ func (n *Node) Status() Status {
 			HTTP: c.HTTP, Valkey: c.Valkey, Role: Follower, InSync: set != nil && slices.Contains(set.Nodes, id)}
 		if n.now().Sub(at) < diskNewsMax {
 			node.DiskFree = c.Free
+		}
+		switch {
+		case id == n.id:
+			node.LevelMax = n.levelMax()
+		case c.levelKnown():
+			node.LevelMax = *c.Level
 		}
 		switch {
 		case server.Suffrage != hraft.Voter:

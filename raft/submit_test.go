@@ -509,3 +509,23 @@ func TestCoalescerOrder(t *testing.T) {
 		t.Fatalf("proposed %+v", b)
 	}
 }
+
+// A read that was passed to a leader which dies is answered by the next one.
+func TestQueryThroughAnElection(t *testing.T) {
+	c := newCluster(t, nil)
+	c.start(founders...)
+	c.inSync(3)
+	lead, via := c.leader(), c.node(c.follower())
+	must(t, via, Proposal{Command: publishCommand("t", "x")})
+	c.stop(lead)
+	for {
+		// Until the others know, and through the time in which nobody leads.
+		a, err := via.Query(testContext(t), engine.Query{Kind: engine.QueryBrowse, Topic: "t", Max: 10})
+		if err != nil || len(a.Messages) != 1 {
+			t.Fatalf("%v, %d messages", err, len(a.Messages))
+		}
+		if now := via.Status().Leader; now != "" && now != lead {
+			return
+		}
+	}
+}

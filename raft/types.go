@@ -177,6 +177,8 @@ type Status struct {
 	// Leader is the name of the leader this node knows, empty for none.
 	Leader     string
 	Durability Durability
+	// Level is the replicated feature level.
+	Level uint32
 	// InSync lists the zones of the in-sync set, sorted.
 	InSync []string
 	// Nodes lists the members, sorted by name.
@@ -195,6 +197,8 @@ type NodeStatus struct {
 	// MatchIndex is the last entry the member is known to have on disk. Only the leader knows it of the
 	// others.
 	MatchIndex uint64
+	// LevelMax is the highest feature level the member's release knows, 0 where unknown.
+	LevelMax uint32
 	// DiskFree is what the member last reported, 0 where unknown.
 	DiskFree int64
 }

@@ -33,6 +33,7 @@ func ownPaths() (paths adminPaths, err error) {
 		{"DELETE", "/v1/cluster/members/{id}", Admin, (*exchange).removeMember},
 		{"POST", "/v1/cluster/members/{id}/replace", Admin, (*exchange).replaceMember},
 		{"POST", "/v1/cluster/transfer", Admin, (*exchange).transfer},
+		{"POST", "/v1/cluster/finalize", Admin, (*exchange).finalize},
 		{"POST", "/v1/clock/advance", Admin, (*exchange).advanceClock},
 
 		{"GET", "/v1/tokens", Admin, (*exchange).listTokens},
@@ -146,7 +147,7 @@ func (x *exchange) showCluster() { x.answerJSON(clusterOf(x.s.backend.Status()))
 func clusterOf(st raft.Status) wire.Cluster {
 	c := wire.Cluster{
 		ClusterID: st.ClusterID, Term: st.Term, Leader: st.Leader, Durability: st.Durability.String(), InSync: st.InSync,
-		Nodes: make([]wire.ClusterNode, 0, len(st.Nodes)),
+		Level: st.Level, Nodes: make([]wire.ClusterNode, 0, len(st.Nodes)),
 	}
 	if c.InSync == nil {
 		c.InSync = []string{}
@@ -154,7 +155,7 @@ func clusterOf(st raft.Status) wire.Cluster {
 	for _, n := range st.Nodes {
 		c.Nodes = append(c.Nodes, wire.ClusterNode{
 			ID: n.ID, Zone: n.Zone, Incarnation: n.Incarnation, HTTP: n.HTTP, Peer: n.Peer, Valkey: n.Valkey, Role: string(n.Role),
-			InSync: n.InSync, MatchIndex: n.MatchIndex, DiskFree: n.DiskFree,
+			InSync: n.InSync, MatchIndex: n.MatchIndex, DiskFree: n.DiskFree, LevelMax: n.LevelMax,
 		})
 	}
 	return c
@@ -205,6 +206,22 @@ func (x *exchange) transfer() {
 	ctx, cancel := x.commandContext()
 	defer cancel()
 	if err := x.s.backend.TransferLeadership(ctx, m.ID); err != nil {
+		x.fail(errs.From(err))
+		return
+	}
+	x.showCluster()
+}
+
+// finalize answers POST /v1/cluster/finalize: the feature level rises to what every member knows.
+func (x *exchange) finalize() {
+	b, ok := x.s.backend.(finalizer)
+	if !ok {
+		x.fail(errs.Of(errs.Unsupported))
+		return
+	}
+	ctx, cancel := x.commandContext()
+	defer cancel()
+	if err := b.Finalize(ctx); err != nil {
 		x.fail(errs.From(err))
 		return
 	}

@@ -35,7 +35,13 @@ type memberReader interface {
 	QueryMember(ctx context.Context, name string, q engine.Query) (engine.Answer, error)
 }
 
+// finalizer is a Backend whose cluster has a feature level.
+type finalizer interface {
+	Finalize(ctx context.Context) error
+}
+
 var (
 	_ Backend      = (*raft.Node)(nil)
+	_ finalizer    = (*raft.Node)(nil)
 	_ memberReader = (*raft.Node)(nil)
 )

@@ -51,6 +51,7 @@ The others serve on meanwhile and send it a snapshot.`, `
 			tercet cluster replace n2 -o json`,
 			(*client.Client).ReplaceMember),
 		a.clusterTransferCommand(),
+		a.clusterFinalizeCommand(),
 		a.clusterRecoverCommand(),
 	)
 	return cmd
@@ -85,8 +86,8 @@ func (a *app) printCluster(s wire.Cluster) error {
 		if leader == "" {
 			leader = "none"
 		}
-		if _, err := fmt.Fprintf(w, "cluster %s, term %d, leader %s, durability %s, in sync: %s\n\n",
-			s.ClusterID, s.Term, leader, s.Durability, strings.Join(s.InSync, ", ")); err != nil {
+		if _, err := fmt.Fprintf(w, "cluster %s, term %d, leader %s, durability %s, feature level %d, in sync: %s\n\n",
+			s.ClusterID, s.Term, leader, s.Durability, s.Level, strings.Join(s.InSync, ", ")); err != nil {
 			return err
 		}
 		rows := [][]string{{"NODE", "ZONE", "ROLE", "IN SYNC", "LOG INDEX", "HTTP", "PEER", "DISK FREE"}}
@@ -160,6 +161,31 @@ func (a *app) clusterTransferCommand() *cobra.Command {
 				to = args[0]
 			}
 			s, err := cl.Transfer(ctx, to)
+			if err != nil {
+				return err
+			}
+			return a.printCluster(s)
+		}),
+	}
+	c.register(cmd)
+	return cmd
+}
+
+func (a *app) clusterFinalizeCommand() *cobra.Command {
+	var c connection
+	cmd := &cobra.Command{
+		Use:   "finalize",
+		Short: "Put what a newer release can do into use",
+		Long: `Raises the cluster's feature level to what every member's release knows, after all nodes were upgraded.
+Until then nothing is written that the older release does not understand, and the upgrade can be taken
+back; afterwards nodes of the older release are refused. While a member is away nothing is changed.`,
+		Example: examples(`
+			tercet cluster finalize
+			tercet cluster finalize --server http://127.0.0.1:7302
+			tercet cluster finalize -o json | jq .featureLevel`),
+		Args: cobra.NoArgs,
+		RunE: a.withClient(&c, func(ctx context.Context, cl *client.Client, _ []string) error {
+			s, err := cl.Finalize(ctx)
 			if err != nil {
 				return err
 			}

@@ -66,6 +66,12 @@ func (c *Client) Transfer(ctx context.Context, id string) (s wire.Cluster, err e
 	return s, err
 }
 
+// Finalize raises the feature level to what every member knows.
+func (c *Client) Finalize(ctx context.Context) (s wire.Cluster, err error) {
+	err = c.json(ctx, request{method: http.MethodPost, path: "/v1/cluster/finalize"}, &s)
+	return s, err
+}
+
 // AdvanceClock moves the virtual clock.
 func (c *Client) AdvanceClock(ctx context.Context, by time.Duration) error {
 	return c.post(ctx, "/v1/clock/advance", wire.Advance{Seconds: int64(by / time.Second)}, nil)

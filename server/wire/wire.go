@@ -130,12 +130,14 @@ type Node struct {
 
 // Cluster is the answer to GET /v1/cluster.
 type Cluster struct {
-	ClusterID  string        `json:"clusterId"`
-	Term       uint64        `json:"term"`
-	Leader     string        `json:"leader"`
-	Durability string        `json:"durability"`
-	InSync     []string      `json:"inSync"`
-	Nodes      []ClusterNode `json:"nodes"`
+	ClusterID  string   `json:"clusterId"`
+	Term       uint64   `json:"term"`
+	Leader     string   `json:"leader"`
+	Durability string   `json:"durability"`
+	InSync     []string `json:"inSync"`
+	// Level is the feature level: what releases older than all members of it do not know is not in use below it.
+	Level uint32        `json:"featureLevel"`
+	Nodes []ClusterNode `json:"nodes"`
 }
 
 // ClusterNode is one member in Cluster.
@@ -151,6 +153,8 @@ type ClusterNode struct {
 	MatchIndex  uint64 `json:"matchIndex"`
 	// DiskFree is what the member last reported, 0 where unknown.
 	DiskFree int64 `json:"diskFree"`
+	// LevelMax is the highest feature level the member's release knows, 0 where unknown.
+	LevelMax uint32 `json:"featureLevelMax"`
 }
 
 // Member names a node in a membership request.
