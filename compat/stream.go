@@ -717,12 +717,9 @@ func wordReadGroup(cmd *engine.StreamReadGroup) wordFunc {
 	}
 }
 
-// missingKey is the stream whose key or group a read did not find: the engine names it when there are several.
+// missingKey is the stream whose key or group a read did not find.
 func missingKey(r *engine.Result, cmd *engine.StreamReadGroup) string {
-	if r.Stream != nil && len(r.Stream.Reads) == 1 {
-		return r.Stream.Reads[0].Key
-	}
-	return cmd.Streams[0].Key
+	return cmd.Streams[min(max(int(r.Count), 0), len(cmd.Streams)-1)].Key
 }
 
 func buildXAck(_ *conn, a [][]byte) (operation, bool) {
@@ -805,7 +802,7 @@ func buildXClaim(_ *conn, a [][]byte) (operation, bool) {
 				return bad(errInvalidID)
 			}
 		default:
-			return bad("ERR Unrecognized XCLAIM option '" + clip(opt, 128) + "'")
+			return bad("ERR Unrecognized XCLAIM option '" + clip(opt, 4096) + "'")
 		}
 	}
 	return operation{command: cmd, size: len(a[1]) + len(a[2]) + len(a[3]) + 20*len(cmd.IDs) + 64, word: func(w *resp.Buffer, r *engine.Result, _ *engine.Answer) {
@@ -1244,7 +1241,7 @@ func writeStreamInfo(w *resp.Buffer, s *engine.StreamInfo, full bool) {
 		}{{"first-entry", s.First}, {"last-entry", s.Final}} {
 			w.String(e.name)
 			if e.entry == nil {
-				w.NullArray()
+				w.Null()
 			} else {
 				writeEntry(w, e.entry, false)
 			}
