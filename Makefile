@@ -7,7 +7,7 @@ GO       ?= go
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS  := -s -w -X main.version=$(VERSION)
 # Packages with unit tests; the end-to-end tests run afterwards and alone, since they time real processes.
-UNIT      = $(shell $(GO) list ./... | grep -v '/test/e2e')
+UNIT      = $(shell $(GO) list ./... | grep -v -e '/test/e2e' -e '/test/compat')
 # A test that has not ended after this is stuck.
 TIMEOUT  ?= 15m
 
@@ -32,7 +32,7 @@ unit:
 	$(GO) test -timeout $(TIMEOUT) $(UNIT)
 
 e2e: deps ## end-to-end tests: three real processes, the real clients
-	$(GO) test -count=1 -timeout $(TIMEOUT) ./test/e2e/...
+	$(GO) test -count=1 -timeout $(TIMEOUT) ./test/e2e/... ./test/compat/...
 
 test-all: export TERCET_TEST_ALL = 1
 test-all: TIMEOUT = 6h

@@ -481,7 +481,7 @@ func (e *Engine) applyStreamReadGroup(c *StreamReadGroup, res *Result) error {
 			groups[i] = t.groups[c.Group]
 		}
 		if groups[i] == nil {
-			res.Code = errs.GroupNotFound
+			res.Code, res.Count = errs.GroupNotFound, int64(i)
 			return nil
 		}
 	}

@@ -9,7 +9,7 @@ import (
 // exists, what type it has and how its IDs lie is judged here, and said in codes:
 //
 //	errs.TopicNotFound     no such key (XREADGROUP and what else needs both: or GroupNotFound)
-//	errs.GroupNotFound     no such group
+//	errs.GroupNotFound     no such group; for XREADGROUP Result.Count says at which stream
 //	errs.WrongType         the key holds another type
 //	errs.GroupExists       BUSYGROUP
 //	errs.StreamIDTooLow    XADD not above the top item; XSETID below it
