@@ -76,9 +76,7 @@ type gatewayOptions struct {
 	park, insecure      bool
 	logFormat, logLevel string
 	security            securityOptions
-
-	contactStream, contactGroup string
-	contactTimeout              time.Duration
+	contact             contactOptions
 }
 
 // defaultUpstream is where the contact-form template looks, and the port every server listens on.
@@ -93,9 +91,7 @@ func (o *gatewayOptions) register(f *pflag.FlagSet) {
 	f.StringVar(&o.consumer, "consumer", "tercet", "`name` under which leases stand in pending entries lists")
 	f.IntVar(&o.maxDeliveries, "max-deliveries", 0, "give a message to a group this often at most; 0 is no limit")
 	f.BoolVar(&o.park, "park", false, "keep what reached --max-deliveries as dead letters instead of dropping it for the group")
-	f.StringVar(&o.contactStream, "contact-stream", "contact-messages", "`stream` behind /api/messages/…, the contact-form template's routes")
-	f.StringVar(&o.contactGroup, "contact-group", "contact-processors", "consumer `group` of that stream")
-	f.DurationVar(&o.contactTimeout, "contact-timeout", time.Minute, "how long a consumer may hold a message of that stream")
+	o.contact.register(f)
 	f.BoolVar(&o.insecure, "insecure", false, "allow addresses that others can reach although there is no authentication")
 	f.StringVar(&o.logFormat, "log-format", "text", "`format` of the log: text or json")
 	f.StringVar(&o.logLevel, "log-level", "info", "lowest `level` that is logged: trace, debug, info, warn or error")
@@ -211,7 +207,7 @@ func (a *app) gateway(ctx context.Context, o *gatewayOptions) error {
 	}
 	srv, err := server.New(server.Options{
 		Backend: g, Version: version, Logger: log.Named("http"), Registerer: registry, Gatherer: registry, PublicHosts: o.publicHosts,
-		Contact: g.Contact(gateway.ContactOptions{Stream: o.contactStream, Group: o.contactGroup, Timeout: o.contactTimeout}),
+		Contact: g.Contact(o.contact.options()),
 		Worth:   report.Level.String(), Authorizer: secured.tokens, TLS: secured.tls,
 	})
 	if err != nil {

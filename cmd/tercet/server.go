@@ -56,6 +56,7 @@ type serverOptions struct {
 	logLevel           string
 	bench              benchServer
 	security           securityOptions
+	contact            contactOptions
 }
 
 func (o *serverOptions) register(f *pflag.FlagSet) {
@@ -82,6 +83,7 @@ func (o *serverOptions) register(f *pflag.FlagSet) {
 	f.StringVar(&o.logLevel, "log-level", "info", "lowest `level` that is logged: trace, debug, info, warn or error")
 	o.bench.register(f)
 	o.security.register(f)
+	o.contact.register(f)
 	f.StringVar(&o.security.config, "config", "", "YAML `file` with the same names as keys; flags and environment come first")
 }
 
@@ -357,7 +359,7 @@ func (a *app) server(ctx context.Context, o *serverOptions) error {
 	srv, err := server.New(server.Options{
 		Extensions: []server.Extension{pusher.Extension()},
 		Backend:    node, Version: version, Logger: log.Named("http"), Registerer: registry, Gatherer: registry,
-		PublicHosts: o.publicHosts, VirtualClock: o.virtualClock, Authorizer: secured.tokens, TLS: secured.tls,
+		PublicHosts: o.publicHosts, VirtualClock: o.virtualClock, Contact: server.NewNodeContact(node, o.contact.options()), Authorizer: secured.tokens, TLS: secured.tls,
 	})
 	if err != nil {
 		return err

@@ -17,33 +17,12 @@ import (
 // consumer group, pending entries that another consumer takes over after a time-out. A server.ContactStore.
 type Contact struct {
 	g *Gateway
-	o ContactOptions
-}
-
-// ContactOptions name the template's stream. Zero values are the template's.
-type ContactOptions struct {
-	// Stream and Group (default contact-messages and contact-processors).
-	Stream, Group string
-	// Timeout is how long a consumer may hold a message (default 60 s).
-	Timeout time.Duration
-	// Keep bounds the stream's length, about (default 10 000).
-	Keep int64
+	o server.ContactOptions
 }
 
 // Contact returns the template's store on this gateway.
-func (g *Gateway) Contact(o ContactOptions) *Contact {
-	if o.Stream == "" {
-		o.Stream = "contact-messages"
-	}
-	if o.Group == "" {
-		o.Group = "contact-processors"
-	}
-	if o.Timeout <= 0 {
-		o.Timeout = 60 * time.Second
-	}
-	if o.Keep <= 0 {
-		o.Keep = 10_000
-	}
+func (g *Gateway) Contact(o server.ContactOptions) *Contact {
+	o.SetDefaults()
 	return &Contact{g: g, o: o}
 }
 
@@ -53,7 +32,7 @@ func (c *Contact) Topic() string { return c.o.Stream }
 // Produce implements server.ContactStore.
 func (c *Contact) Produce(ctx context.Context, m server.ContactMessage) (id string, err error) {
 	err = c.g.up.call(ctx, false, func(v valkey.Client) error {
-		id, err = v.Do(ctx, v.B().Xadd().Key(c.o.Stream).Maxlen().Almost().Threshold(strconv.FormatInt(c.o.Keep, 10)).Id("*").
+		id, err = v.Do(ctx, v.B().Xadd().Key(c.o.Stream).Maxlen().Almost().Threshold(strconv.FormatUint(c.o.Keep, 10)).Id("*").
 			FieldValue().FieldValue("name", m.Name).FieldValue("email", m.Email).FieldValue("message", m.Message).
 			FieldValue("timestamp", m.Timestamp).Build()).ToString()
 		return err

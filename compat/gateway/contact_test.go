@@ -8,12 +8,13 @@ import (
 	"time"
 
 	"tercet.dev/tercet/compat/gateway/internal/redistest"
+	"tercet.dev/tercet/server"
 )
 
 // TestContact sends the template's three requests as they stand in its README.
 func TestContact(t *testing.T) {
 	r := redistest.Start(t)
-	a := openContact(t, Options{Target: Target{Addr: r.Addr()}}, ContactOptions{Timeout: 200 * time.Millisecond})
+	a := openContact(t, Options{Target: Target{Addr: r.Addr()}}, server.ContactOptions{Timeout: 200 * time.Millisecond})
 
 	produce := func(body string) answer {
 		return a.call("POST", "/api/messages/produce", body, "Content-Type", "application/json")

@@ -23,10 +23,10 @@ func TestMain(m *testing.M) {
 // open opens a gateway on the target with an HTTP server in front of it.
 func open(t *testing.T, o Options) *api {
 	t.Helper()
-	return openContact(t, o, ContactOptions{})
+	return openContact(t, o, server.ContactOptions{})
 }
 
-func openContact(t *testing.T, o Options, contact ContactOptions) *api {
+func openContact(t *testing.T, o Options, contact server.ContactOptions) *api {
 	t.Helper()
 	o.Logger = hclog.New(&hclog.LoggerOptions{Output: testWriter{t}, Level: hclog.Info})
 	g, err := Open(t.Context(), o)
