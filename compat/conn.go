@@ -54,6 +54,12 @@ type conn struct {
 
 	desc description
 
+	// up is the session on the upstream, once there was a command for it.
+	up *upstreamConn
+	// upMulti says where an open transaction runs, upDirty that a command of it was refused.
+	upMulti multiSide
+	upDirty bool
+
 	lastZones atomic.Int32
 	wrote     atomic.Bool
 
@@ -134,6 +140,7 @@ func (c *conn) serve() {
 		args, err := c.r.Buffer()
 		if err == nil && args == nil {
 			c.flush()
+			c.passOn()
 			if !c.beforeRead() {
 				return
 			}
@@ -234,6 +241,9 @@ func (c *conn) ended(err error) {
 // leave gives back what the reader holds.
 func (c *conn) leave() {
 	c.s.bus.leave(c)
+	if c.up != nil {
+		c.up.end()
+	}
 	c.r.Release()
 }
 
@@ -513,6 +523,7 @@ func (s *slot) finish(r raft.Reply, err error) {
 func (c *conn) submit(cmd []byte, word wordFunc, after []byte) {
 	s := c.newSlot()
 	s.word, s.size, s.silent, s.after = word, len(cmd), c.silence(), after
+	c.passOn() // what follows may have to wait for replies from there
 	l := &c.s.limits
 	c.mu.Lock()
 	for !c.dead && c.pending > 0 && (c.pending >= l.PipelineCommands || c.pendingBytes+len(cmd) > l.PipelineBytes) {
@@ -537,6 +548,7 @@ func (c *conn) waitLocked() {
 
 // settle waits until everything submitted has its outcome. It reports false when the connection is closed.
 func (c *conn) settle() bool {
+	c.passOn()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for !c.dead && c.head < len(c.queue) {

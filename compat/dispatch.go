@@ -43,6 +43,14 @@ func (c *conn) dispatch(args [][]byte) {
 	s.counts.commands.Add(1)
 	spec, badSub := command.Find(args)
 	c.desc.command(spec, args)
+	if s.opts.Upstream != nil && !isCrossProtocol(args[0]) {
+		if rev := s.usersRev.Load(); rev != c.usersRev && !c.refreshUser(rev) {
+			return
+		}
+		if c.authenticated && c.passThrough(spec, args) {
+			return
+		}
+	}
 	switch {
 	case spec == nil:
 		if isCrossProtocol(args[0]) {

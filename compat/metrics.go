@@ -13,6 +13,7 @@ type metrics struct {
 	closed      *prometheus.CounterVec
 	refused     *prometheus.CounterVec
 	commands    *prometheus.CounterVec
+	upstream    *prometheus.CounterVec
 
 	mu    sync.Mutex
 	names map[string]bool
@@ -39,11 +40,15 @@ func newMetrics(reg prometheus.Registerer, s *Server) (*metrics, error) {
 		Name: "tercet_compat_commands_total",
 		Help: "Commands of the Valkey port by name.",
 	}, []string{"command"})
+	m.upstream = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "tercet_compat_upstream_commands_total",
+		Help: "Commands of the Valkey port that were the upstream's, by what became of them: passed, or refused because it could not be reached.",
+	}, []string{"result"})
 	gauge := func(name, help string, v func() float64) prometheus.Collector {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, v)
 	}
 	for _, c := range []prometheus.Collector{
-		m.unsupported, m.closed, m.refused, m.commands,
+		m.unsupported, m.closed, m.refused, m.commands, m.upstream,
 		gauge("tercet_compat_connections", "Open connections to the Valkey port.", func() float64 { return float64(s.clients.count()) }),
 		gauge("tercet_compat_blocked_clients", "Clients of the Valkey port that wait in XREAD or XREADGROUP.", func() float64 { return float64(s.blocked.Load()) }),
 		gauge("tercet_compat_buffer_bytes", "Bytes of input and output in memory for clients of the Valkey port.", func() float64 { return float64(s.memory.used.Load()) }),

@@ -40,7 +40,11 @@ type Options struct {
 	// TLS, when set, is spoken on every connection; ClientCertificates says that it lets nobody in without a certificate.
 	TLS                *tls.Config
 	ClientCertificates bool
-	Limits             Limits
+	// Upstream, when set, is a real server that answers what the log does not: commands on keys that match no pattern of
+	// UpstreamKeep, and commands that the log does not know.
+	Upstream     Upstream
+	UpstreamKeep []string
+	Limits       Limits
 }
 
 // Limits bound what clients can make the server hold. The zero value of a field means its default.
@@ -124,6 +128,7 @@ type Server struct {
 	runID      string
 	counts     counts
 	logins     logins
+	upstream   upstreamTable
 
 	// draining is closed by Drain, closing when no more connections are taken.
 	draining, closing chan struct{}

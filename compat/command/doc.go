@@ -107,6 +107,12 @@ func Specs() []*Spec { return top }
 // Lookup finds a command by its name in lower case.
 func Lookup(name string) *Spec { return byName[name] }
 
+// AnyID returns the number of a name of the catalogue, in lower case, whether this front end answers it or not.
+func AnyID(name string) (ID, bool) {
+	id, ok := ids[name]
+	return id, ok
+}
+
 // Find finds the command that args, in any case, ask for: nil for an unknown name. unknown is set when the name is known and
 // wants a subcommand that args name and that does not exist.
 func Find(args [][]byte) (s *Spec, unknown bool) {

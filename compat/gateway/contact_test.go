@@ -7,7 +7,7 @@ import (
 	"testing"
 	"time"
 
-	"tercet.dev/tercet/compat/gateway/internal/redistest"
+	"tercet.dev/tercet/compat/internal/redistest"
 	"tercet.dev/tercet/server"
 )
 

@@ -22,7 +22,7 @@ import (
 	"testing"
 	"time"
 
-	"tercet.dev/tercet/compat/gateway/internal/redistest"
+	"tercet.dev/tercet/compat/internal/redistest"
 )
 
 // endpoint is what a service's name is: an address that leads to whoever is the primary. New connections go there;

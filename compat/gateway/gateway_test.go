@@ -12,7 +12,7 @@ import (
 	"testing"
 	"time"
 
-	"tercet.dev/tercet/compat/gateway/internal/redistest"
+	"tercet.dev/tercet/compat/internal/redistest"
 )
 
 // message is a received message as the NDJSON form has it.

@@ -19,7 +19,7 @@ import (
 
 	"github.com/aws/aws-sdk-go-v2/credentials"
 
-	"tercet.dev/tercet/compat/gateway/internal/redistest"
+	"tercet.dev/tercet/compat/internal/redistest"
 )
 
 // sign computes a SigV4 query signature by the algorithm's published steps, with nothing of the SDK: the canonical

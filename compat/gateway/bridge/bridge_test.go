@@ -16,7 +16,7 @@ import (
 	"go.uber.org/goleak"
 
 	"tercet.dev/tercet/compat/gateway"
-	"tercet.dev/tercet/compat/gateway/internal/redistest"
+	"tercet.dev/tercet/compat/internal/redistest"
 )
 
 // The test binary is also the bridge process that tests kill.
