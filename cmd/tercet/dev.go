@@ -23,6 +23,8 @@ type devOptions struct {
 	httpPort, peerPort int
 	valkeyPort         int
 	valkeyMode         string
+	upstream           string
+	upstreamExcept     []string
 	virtualClock       bool
 	durability         string
 	app, vercelJSON    string
@@ -65,6 +67,8 @@ queue trigger gets the messages of its topic, at the route that Next.js or Verce
 	f.IntVar(&o.httpPort, "http-port", devHTTPPort, "HTTP `port` of node 1; nodes 2 and 3 count up")
 	f.IntVar(&o.peerPort, "peer-port", devPeerPort, "node-to-node `port` of node 1; nodes 2 and 3 count up")
 	f.IntVar(&o.valkeyPort, "valkey-port", devValkeyPort, "Valkey `port` of node 1; nodes 2 and 3 count up; 0 for none")
+	f.StringVar(&o.upstream, "upstream", "", "`address` of a real server that answers Valkey clients for all keys but --upstream-except")
+	f.StringSliceVar(&o.upstreamExcept, "upstream-except", nil, "`patterns` of the keys whose streams Tercet keeps in spite of --upstream")
 	f.StringVar(&o.valkeyMode, "valkey-mode", "standalone", "what Valkey clients see: standalone or cluster")
 	f.StringVar(&o.durability, "durability", "in-sync", "what a publish waits for: in-sync or all zones")
 	f.StringVar(&o.app, "app", "", "base `URL` of the application that messages are pushed to, as its --vercel-json says")
@@ -116,6 +120,9 @@ func (a *app) dev(ctx context.Context, o devOptions) error {
 		return usageError{err}
 	}
 	args := []string{"--durability", o.durability, "--valkey-mode", o.valkeyMode, "--flush-allowed", "--push-allow", "127.0.0.0/8,::1/128"}
+	if o.upstream != "" || len(o.upstreamExcept) > 0 {
+		args = append(args, "--upstream", o.upstream, "--upstream-except", strings.Join(o.upstreamExcept, ","))
+	}
 	if o.virtualClock {
 		args = append(args, "--virtual-clock")
 	}

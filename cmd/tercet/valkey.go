@@ -20,6 +20,10 @@ type valkeyOptions struct {
 	mode           string
 	acl            string
 	flushAllowed   bool
+	// upstream is a real server beside the log, keep the patterns of the keys that are the log's.
+	upstream string
+	keep     []string
+	login    upstreamOptions
 }
 
 func (o *valkeyOptions) register(f *pflag.FlagSet) {
@@ -27,6 +31,9 @@ func (o *valkeyOptions) register(f *pflag.FlagSet) {
 	f.StringVar(&o.announce, "valkey-announce", "", "`address` that cluster clients and the other nodes are told instead of --valkey")
 	f.StringVar(&o.mode, "valkey-mode", "standalone", "what Valkey clients see: standalone (every node takes everything) or cluster (one shard, clients are sent to the leader)")
 	f.StringVar(&o.acl, "valkey-acl", "", "`file` of users in Valkey's form; without it users are the cluster's own (ACL SETUSER)")
+	f.StringVar(&o.upstream, "upstream", "", "`address` of a real server, rediss://user:password@host:port: commands on keys that match no --upstream-except, and commands that Tercet does not know, are passed to it")
+	f.StringSliceVar(&o.keep, "upstream-except", nil, "`patterns` of the keys whose streams Tercet keeps in spite of --upstream: 'orders*,contact-*'")
+	o.login.register(f)
 	f.BoolVar(&o.flushAllowed, "flush-allowed", false, "offer FLUSHALL and FLUSHDB to Valkey clients")
 }
 
@@ -45,6 +52,16 @@ func (o *valkeyOptions) check(authenticated, insecure bool) error {
 		if _, _, err := net.SplitHostPort(o.announce); err != nil {
 			problems = append(problems, fmt.Errorf("--valkey-announce %q: want HOST:PORT", o.announce))
 		}
+	}
+	switch {
+	case o.upstream != "" && len(o.keep) == 0:
+		problems = append(problems, errors.New("--upstream needs --upstream-except: without it nothing would be Tercet's"))
+	case o.upstream != "" && o.addr == "":
+		problems = append(problems, errors.New("--upstream needs --valkey: commands are passed on from there"))
+	case o.upstream != "" && o.mode == "cluster":
+		problems = append(problems, errors.New("--upstream and --valkey-mode cluster exclude each other: the slots could be on one side only"))
+	case o.upstream == "" && len(o.keep) > 0:
+		problems = append(problems, errors.New("--upstream-except needs --upstream"))
 	}
 	return errors.Join(problems...)
 }
@@ -75,6 +92,13 @@ func (o *valkeyOptions) open(node *raft.Node, listeners []net.Listener, secured 
 	options := compat.Options{
 		Backend: node, Version: version, Logger: log.Named("valkey"), Registerer: registry, Cluster: o.mode == "cluster",
 		FlushAllowed: o.flushAllowed, Insecure: insecure, TLS: secured.tls, ClientCertificates: clientCerts,
+	}
+	if o.upstream != "" {
+		target, err := o.login.target(context.Background(), "--upstream", o.upstream)
+		if err != nil {
+			return nil, err
+		}
+		options.Upstream, options.UpstreamKeep = target, o.keep
 	}
 	if o.acl != "" {
 		users, err := compat.LoadUsersFile(o.acl)
