@@ -78,7 +78,10 @@ func (c *NodeContact) Produce(ctx context.Context, m ContactMessage) (string, er
 // Consume implements ContactStore.
 func (c *NodeContact) Consume(ctx context.Context, consumer string) (*ContactDelivery, error) {
 	d, err := c.consume(ctx, consumer)
-	if code := errs.From(err).Code; err != nil && (code == errs.GroupNotFound || code == errs.TopicNotFound) {
+	if err == nil {
+		return d, nil
+	}
+	if code := errs.From(err).Code; code == errs.GroupNotFound || code == errs.TopicNotFound {
 		create := engine.StreamGroup{Op: engine.GroupCreate, Key: c.o.Stream, Group: c.o.Group, Create: true, EntriesRead: -1}
 		if _, err := c.do(ctx, &create); err != nil && errs.From(err).Code != errs.GroupExists {
 			return nil, err

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"runtime/debug"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -305,6 +306,16 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	x := exchanges.Get().(*exchange)
 	*x = exchange{s: s, w: w, r: r, start: time.Now()}
 	headRead(r)
+	defer func() {
+		if p := recover(); p != nil {
+			// A mistake of ours costs this request and its connection, and is not kept quiet.
+			if e, ok := p.(error); !ok || !errors.Is(e, http.ErrAbortHandler) {
+				s.log.Error("panic in a request", "op", x.op.String(), "panic", p, "stack", string(debug.Stack()))
+			}
+			x.release()
+			panic(http.ErrAbortHandler)
+		}
+	}()
 	x.serve()
 	x.release()
 	s.metrics.observe(x)
