@@ -46,6 +46,8 @@ type topic struct {
 	delayed uint64
 	// gone is a cache: all below it has expired as of the last applied stamp.
 	gone uint64
+	// keptRows are the copies of parked messages that are stored, with the uploads of large ones.
+	keptRows map[uint64]uint64
 	// cut is where stored rows may be removed up to with the next checkpoint, by an explicit removal.
 	cut    floor
 	floor  floor
@@ -495,6 +497,9 @@ func (e *Engine) loadStored(ds []Delivery) (err error) {
 		}
 		if d.ID.Kind == KindDelayed {
 			ok, err := e.loadStaged(d)
+			if err == nil && !ok {
+				ok, err = e.loadKept(d.Receipt.Topic, d.Receipt.Offset, d, true)
+			}
 			if err != nil {
 				return err
 			}
@@ -510,7 +515,12 @@ func (e *Engine) loadStored(ds []Delivery) (err error) {
 				if err := it.Error(); err != nil {
 					return fmt.Errorf("engine: reading messages: %w", err)
 				}
-				d.Gone, gone = true, true
+				ok, err := e.loadKept(d.Receipt.Topic, off, d, true)
+				if err != nil {
+					return err
+				}
+				d.Gone = !ok
+				gone = gone || !ok
 				continue
 			}
 			topic, _ = keyPart(it.Key(), 0)
@@ -525,7 +535,12 @@ func (e *Engine) loadStored(ds []Delivery) (err error) {
 			}
 			count = rest.uvarint()
 			if topic != d.Receipt.Topic || off-base >= count {
-				d.Gone, gone, valid = true, true, false
+				ok, err := e.loadKept(d.Receipt.Topic, off, d, true)
+				if err != nil {
+					return err
+				}
+				valid, d.Gone = false, !ok
+				gone = gone || !ok
 				continue
 			}
 		}

@@ -39,12 +39,19 @@ func (e *Engine) checkpoint() (Meta, error) {
 	batch := e.db.NewBatch()
 	defer func() { _ = batch.Close() }()
 	s := e.cloneState()
-	err := e.encodeDirty(batch)
+	kept, err := e.gatherKept(batch)
+	if err == nil {
+		err = e.encodeDirty(batch)
+	}
 	removed := e.takeRemoved()
 	logBytes, dirt := e.logBytes.Load(), e.dirtRough.Load()
 	e.mu.Unlock()
 
 	if err != nil {
+		e.fail(err)
+		return Meta{}, err
+	}
+	if err := e.copyKept(batch, kept); err != nil {
 		e.fail(err)
 		return Meta{}, err
 	}

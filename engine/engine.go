@@ -97,6 +97,8 @@ type Engine struct {
 	uploads        map[uint64]*upload
 	removedUploads []uint64
 	deadParts      []deadParts
+	// keptUploads are the large messages whose parts have to outlive them.
+	keptUploads map[uint64]bool
 	// removedTopics and removedGroups (topic, group) have rows that go with the next checkpoint.
 	removedTopics []uint64
 	removedGroups [][2]uint64
@@ -282,6 +284,7 @@ func (e *Engine) resetMemory() {
 	e.keyFilters, e.entryKeys = make(map[keyBucket]*keyFilter), nil
 	e.uploads, e.removedUploads, e.deadParts = make(map[uint64]*upload), nil, nil
 	e.delayNext = never
+	e.keptUploads = make(map[uint64]bool)
 	e.recent, e.recentHead, e.recentBytes = nil, 0, 0
 	e.due, e.tidyAt = nil, 0
 	e.touched, e.open = nil, nil
@@ -394,6 +397,9 @@ func (e *Engine) load() error {
 	if err := e.loadKeys(); err != nil {
 		return err
 	}
+	if err := e.scan(rowKept, e.loadKeptRow); err != nil {
+		return err
+	}
 	e.delayNext = 0
 	err = e.scan(rowUpload, func(key, v []byte) error {
 		id, _ := keyPart(key, 0)
@@ -447,6 +453,9 @@ func (g *group) addChunk(key uint64, c *chunk) error {
 		l := &c.slots[i]
 		if !g.passed(key<<chunkShift|uint64(l.low), l.dep) {
 			g.ahead++
+		}
+		if l.kept {
+			g.keep(key<<chunkShift | uint64(l.low))
 		}
 		switch l.state {
 		case leased:

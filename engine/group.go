@@ -20,6 +20,7 @@ type lease struct {
 	count    uint32
 	consumer uint32 // 0 is the reserved one of the queue protocol
 	dep      uint64 // the message's deployment
+	kept     bool   // the entry outlives the message: it was parked for longer
 	base     uint32 // count as of the last redrive: deliveries before it do not count against MaxDeliveries
 	low      uint16 // offset within the chunk
 	state    leaseState
@@ -205,6 +206,8 @@ type group struct {
 	excludes map[uint64]bool
 	// waits are the deployments that receives parked here wait for.
 	waits map[string]bool
+	// kept are the offsets of entries that outlive their messages.
+	kept map[uint64]bool
 
 	// What follows is memory of this node alone.
 	cur     *block // where next was found last
@@ -288,6 +291,10 @@ func (g *group) remove(off uint64, l *lease) {
 		g.parkedCount--
 	}
 	g.note(off, nil)
+	if l.kept {
+		l.kept = false
+		delete(g.kept, off)
+	}
 	key := off >> chunkShift
 	c := g.chunk(key)
 	l.state, l.flags = slotFree, 0

@@ -95,13 +95,13 @@ func (e *Engine) applyReceive(r *reader, res *Result) error {
 			g.remove(off, l) // by XDEL or trimming
 			continue
 		}
-		b, i, err := e.blockAt(t, g.cur, off)
+		g.ready.pop()
+		g.grant(off, l, now, v.visibility)
+		d, err := e.again(g, off, l)
 		if err != nil {
 			return err
 		}
-		g.ready.pop()
-		g.grant(off, l, now, v.visibility)
-		ds = append(ds, e.delivery(b, i, g, l))
+		ds = append(ds, d)
 	}
 	e.scratch = ds[:0]
 	if g.parked {
@@ -171,13 +171,13 @@ func (e *Engine) receiveOf(g *group, v *receiveView, ds []Delivery, room int, no
 			g.remove(off, l)
 			continue
 		}
-		b, i, err := e.blockAt(g.topic, g.cur, off)
+		p.ready.pop()
+		g.grant(off, l, now, v.visibility)
+		d, err := e.again(g, off, l)
 		if err != nil {
 			return ds, err
 		}
-		p.ready.pop()
-		g.grant(off, l, now, v.visibility)
-		ds = append(ds, e.delivery(b, i, g, l))
+		ds = append(ds, d)
 	}
 	return ds, nil
 }
@@ -365,11 +365,11 @@ func (e *Engine) settle(g *group, rc Receipt, v *settleView, res *Result) (errs.
 		}
 		g.release(rc.Offset, l, now+v.visibility)
 	case l.expiry != never && now+v.visibility > l.expiry && !g.topic.removed(rc.Offset):
-		b, i, err := e.blockAt(g.topic, g.cur, rc.Offset)
+		d, err := e.again(g, rc.Offset, l)
 		if err != nil {
 			return errs.OK, err
 		}
-		res.ExpiresAt = b.wallExpiry(i)
+		res.ExpiresAt = d.ExpiresAt
 		return errs.ExtendPastExpiry, nil
 	default:
 		g.extend(rc.Offset, l, now+v.visibility)

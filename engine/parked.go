@@ -23,7 +23,9 @@ func (g *group) parkedForm(l *lease) lease {
 	p := *l
 	p.state, p.flags, p.routed, p.consumer = parked, 0, false, 0
 	if keep := g.settings.ParkedRetention.Milliseconds(); keep > 0 && p.expiry != never {
-		p.expiry = max(p.expiry, p.deadline+keep)
+		if until := p.deadline + keep; until > p.expiry {
+			p.expiry, p.kept = until, true
+		}
 	}
 	return p
 }
@@ -47,6 +49,9 @@ func (g *group) giveUp(off uint64, l *lease, now int64) {
 	}
 	later := p.expiry != l.expiry
 	*l = p
+	if l.kept {
+		g.keep(off)
+	}
 	g.parkedCount++
 	if later {
 		g.pushExpiring(timer{p.expiry, off})
@@ -210,4 +215,13 @@ func (e *Engine) offsetOf(t *topic, id MessageID) (uint64, bool, error) {
 		return 0, false, err
 	}
 	return b.base + uint64(i), true, nil
+}
+
+// spentKeeps reports that an entry that was not folded has become one that outlives its message.
+func (g *group) spentKeeps(l *lease, now int64) bool {
+	if !g.spent(l, now) || !g.settings.Park {
+		return false
+	}
+	p := g.parkedForm(l)
+	return p.kept
 }

@@ -28,6 +28,7 @@ const (
 	rowPlace        = 'R' // topic, raft index, position -> where matured messages are in the log; written once
 	rowChange       = 'J' // topic, raft index, position -> a delayed message that was cancelled or moved; checkpoint
 	rowPosting      = 'B' // topic, deployment, base offset -> raft index, expiry; written once
+	rowKept         = 'p' // topic, offset -> copy of a parked message that outlives its block; checkpoint, not part of the logical state
 	rowPart         = 'L' // topic, upload, number -> a part; written once
 	rowLargeExpiry  = 'H' // expiry tick, topic, upload; written once
 	rowUpload       = 'A' // upload -> upload; checkpoint
@@ -39,7 +40,7 @@ const (
 )
 
 // topicRows are the kinds whose key begins with a topic.
-var topicRows = []byte{rowBlock, rowPayload, rowByIndex, rowByStream, rowTopic, rowGroup, rowChunk, rowFloor, rowStaged, rowStagedIndex, rowPlace, rowPart, rowPosting,
+var topicRows = []byte{rowBlock, rowPayload, rowByIndex, rowByStream, rowTopic, rowGroup, rowChunk, rowFloor, rowStaged, rowStagedIndex, rowPlace, rowPart, rowPosting, rowKept,
 	rowMarks, rowConsumer}
 
 const rowVersion = 1
@@ -467,7 +468,7 @@ func (c *chunk) appendRow(b []byte, g *group, key uint64, now int64) []byte {
 		}
 		if _, ok := g.view(l, now); ok {
 			n++
-			more = more || l.base != 0 || l.dep != 0 || g.notes[key<<chunkShift|uint64(l.low)] != ""
+			more = more || l.kept || g.spentKeeps(l, now) || l.base != 0 || l.dep != 0 || g.notes[key<<chunkShift|uint64(l.low)] != ""
 		}
 	}
 	if n == 0 {
@@ -503,7 +504,11 @@ func (c *chunk) appendRow(b []byte, g *group, key uint64, now int64) []byte {
 		b = appendVarint(b, int64(l.stream.Ms-ms))
 		b = binary.AppendUvarint(b, l.stream.Seq)
 		if more {
-			b = binary.AppendUvarint(b, uint64(l.base))
+			base := uint64(l.base) << 1
+			if l.kept {
+				base |= 1
+			}
+			b = binary.AppendUvarint(b, base)
 			b = binary.AppendUvarint(b, l.dep)
 			b = appendBytes(b, g.notes[key<<chunkShift|uint64(l.low)])
 		}
@@ -560,7 +565,8 @@ func parseChunk(g *group, key uint64, row []byte) (*chunk, error) {
 		l.expiry = r.time(l.granted)
 		l.stream = StreamID{Ms: prev.stream.Ms + uint64(r.varint()), Seq: r.uvarint()}
 		if more {
-			l.base = uint32(r.upTo(uint64(l.count)))
+			base := r.upTo(uint64(l.count)<<1 | 1)
+			l.base, l.kept = uint32(base>>1), base&1 != 0
 			l.dep = r.uvarint()
 			g.note(key<<chunkShift|uint64(l.low), r.bytes())
 		}

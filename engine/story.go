@@ -86,15 +86,12 @@ func (e *Engine) parkedAnswer(g *group, q *Query, limit int, now int64) (Answer,
 
 // kept describes a message of the unsettled set, with an estimate of its size.
 func (e *Engine) kept(g *group, off uint64, l *lease) (Delivery, uint64, error) {
-	b, i, err := e.blockAt(g.topic, nil, off)
-	if err != nil {
-		return Delivery{}, 0, err
-	}
-	d := e.stored1(g.topic, g, b, i)
+	d, err := e.again(g, off, l)
 	if l.expiry != never {
 		d.ExpiresAt = e.wallAt(l.expiry)
 	}
-	return d, b.sizeOf(i), nil
+	d.Receipt.Epoch, d.LeaseUntil = 0, 0
+	return d, 4 << 10, err
 }
 
 // storyAnswer tells what became of a message; the contents are loaded afterwards.

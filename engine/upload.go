@@ -329,6 +329,13 @@ func (e *Engine) sweepLarge(batch *pebble.Batch, upto int64) error {
 			return fmt.Errorf("engine: expiry row %x: %w", it.Key(), errMalformed)
 		}
 		any = true
+		e.mu.RLock()
+		kept := e.keptUploads[upload]
+		e.mu.RUnlock()
+		if kept {
+			e.put(batch, nil, rowLargeExpiry, keptAgain(upto), topic, upload)
+			continue
+		}
 		_ = batch.DeleteRange(e.keys.key(rowPart, topic, upload), e.keys.key(rowPart, topic, upload+1), nil)
 	}
 	if err := it.Error(); err != nil {
