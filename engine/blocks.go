@@ -326,7 +326,9 @@ func (e *Engine) blockAt(t *topic, hint *block, off uint64) (*block, uint32, err
 		return nil, 0, err
 	}
 	if b == nil || off < b.base {
-		return nil, 0, fmt.Errorf("engine: message at offset %d of topic %q is not stored", off, t.name)
+		if b, err = e.keptBlock(t, off); err != nil {
+			return nil, 0, err
+		}
 	}
 	return b, uint32(off - b.base), nil
 }

@@ -154,48 +154,77 @@ func parseKept(row []byte, d *Delivery, contents bool) (dep uint64, err error) {
 
 // loadKept fills a delivery from the copy of its message, if there is one.
 func (e *Engine) loadKept(topic, off uint64, d *Delivery, contents bool) (ok bool, err error) {
+	_, ok, err = e.readKept(topic, off, d, contents)
+	return ok, err
+}
+
+func (e *Engine) readKept(topic, off uint64, d *Delivery, contents bool) (dep uint64, ok bool, err error) {
 	defer e.damaged(&err)
 	v, closer, err := e.db.Get(e.keys.key(rowKept, topic, off))
 	if errors.Is(err, pebble.ErrNotFound) {
-		return false, nil
+		return 0, false, nil
 	}
 	if err != nil {
-		return false, fmt.Errorf("engine: reading a parked message: %w", err)
+		return 0, false, fmt.Errorf("engine: reading a parked message: %w", err)
 	}
-	_, err = parseKept(v, d, contents)
+	dep, err = parseKept(v, d, contents)
 	if cerr := closer.Close(); err == nil {
 		err = cerr
 	}
-	return err == nil, err
+	return dep, err == nil, err
 }
 
 // again describes a message of the unsettled set as its next delivery: from its block, or from its copy.
 func (e *Engine) again(g *group, off uint64, l *lease) (Delivery, error) {
 	t := g.topic
-	d := Delivery{Receipt: Receipt{Shard: e.o.Shard, Topic: t.inc, Group: g.inc, Offset: off, Epoch: l.epoch}}
-	b, err := e.blockFor(t, off)
+	var d Delivery
+	b, i, err := e.blockAt(t, g.cur, off)
 	if err != nil {
 		return d, err
 	}
-	if b != nil && off >= b.base {
-		d = e.stored1(t, g, b, uint32(off-b.base))
-		d.Receipt.Epoch = l.epoch
-	} else {
-		ok, err := e.loadKept(t.inc, off, &d, false)
-		if err != nil {
-			return d, err
-		}
-		if !ok {
-			return d, fmt.Errorf("engine: message at offset %d of topic %q is not stored", off, t.name)
-		}
-	}
-	d.ID.Shard = e.o.Shard
+	d = e.stored1(t, g, b, i)
+	d.Receipt.Epoch = l.epoch
 	d.Count = l.count
 	if l.kept && l.expiry != never {
 		d.ExpiresAt = e.wallAt(l.expiry)
 	}
 	d.LeaseUntil = e.stamp.Wall + l.deadline - l.granted
 	return d, nil
+}
+
+// keptBlock returns a block of the one message whose own has been removed, made from the message's copy.
+func (e *Engine) keptBlock(t *topic, off uint64) (*block, error) {
+	var d Delivery
+	dep, ok, err := e.readKept(t.inc, off, &d, false)
+	if err != nil {
+		return nil, err
+	}
+	if !ok {
+		return nil, fmt.Errorf("engine: message at offset %d of topic %q is not stored", off, t.name)
+	}
+	b := &block{topic: t.inc, base: off, index: d.ID.Index, wall: d.PublishedAt, stream: d.Stream, count: 1, bytes: 1}
+	if d.ID.Kind == KindDelayed {
+		b.refs = []refRun{{index: d.ID.Index, pos: d.ID.Pos, count: 1, wall: d.PublishedAt, bytes: 1, dep: dep}}
+	} else {
+		b.uniform, b.runs = true, []posRun{{d.ID.Pos, 1}}
+		if dep != 0 {
+			b.deps = []depRun{{dep: dep}}
+		}
+	}
+	b.lastExpiry = never
+	return b, nil
+}
+
+// keptBytes is what an entry that outlives its message counts for where answers are bounded: the message's own block,
+// which would tell, may be gone on one node and not on another.
+const keptBytes = 4 << 10
+
+// sizeIn is an estimate of the size of an entry's message, the same on every node.
+func (l *lease) sizeIn(b *block, i uint32) uint64 {
+	if l.kept {
+		return keptBytes
+	}
+	return b.sizeOf(i)
 }
 
 // loadKeptRow notes a copy that is stored.

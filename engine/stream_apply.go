@@ -629,7 +629,7 @@ func (e *Engine) readNew(g *group, k *consumer, c *StreamReadGroup, read *Stream
 		if err != nil {
 			return false, err
 		}
-		if !room.take(b.sizeOf(i), len(read.Entries) == 0) {
+		if !room.take(l.sizeIn(b, i), len(read.Entries) == 0) {
 			read.Cut = true
 			break
 		}
@@ -663,7 +663,7 @@ func (e *Engine) readIdle(g *group, k *consumer, idle int64, count uint64, read 
 		if err != nil {
 			return err
 		}
-		if !room.take(b.sizeOf(i), len(read.Entries) == 0) {
+		if !room.take(g.find(off).sizeIn(b, i), len(read.Entries) == 0) {
 			read.Cut = true
 			break
 		}
@@ -704,7 +704,7 @@ func (e *Engine) readHistory(g *group, k *consumer, c *StreamReadGroup, read *St
 			return false
 		}
 		hint = b
-		if !room.take(b.sizeOf(i), len(read.Entries) == 0) {
+		if !room.take(l.sizeIn(b, i), len(read.Entries) == 0) {
 			read.Cut = true
 			return false
 		}
@@ -783,7 +783,7 @@ func (e *Engine) claim(g *group, k *consumer, off uint64, l *lease, minIdle, gra
 		if err != nil {
 			return false, err
 		}
-		room.take(b.sizeOf(i), true)
+		room.take(l.sizeIn(b, i), true)
 		s = e.streamEntry(b, i)
 	}
 	count := l.count
