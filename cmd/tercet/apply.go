@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -189,7 +188,7 @@ func readVercel(file, app, deployment, source string) ([]wire.Subscription, erro
 	if err != nil {
 		return nil, err
 	}
-	var project fs.FS = os.DirFS(filepath.Dir(file))
+	project := os.DirFS(filepath.Dir(file))
 	consumers, err := vercel.Parse(data, project)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", file, err)

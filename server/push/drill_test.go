@@ -29,8 +29,11 @@ func (r *rig) state(id string, ok func(*wire.SubscriptionState) bool) wire.Subsc
 	var last wire.SubscriptionState
 	until(r.t, "the state of "+id, func() error {
 		s, err := r.Subscription(r.t.Context(), id)
-		if err != nil || s.State == nil {
-			return fmt.Errorf("%+v, %v", s, err)
+		if err != nil {
+			return err
+		}
+		if s.State == nil {
+			return errors.New("there is no state")
 		}
 		if last = *s.State; !ok(s.State) {
 			return fmt.Errorf("%+v", last)

@@ -10,13 +10,6 @@ import (
 	"strings"
 )
 
-// Headers of Standard Webhooks.
-const (
-	headerWebhookID        = "Webhook-Id"
-	headerWebhookTimestamp = "Webhook-Timestamp"
-	headerWebhookSignature = "Webhook-Signature"
-)
-
 // A secret's text is this prefix and base64 of 24 to 64 random bytes.
 const (
 	secretPrefix   = "whsec_"

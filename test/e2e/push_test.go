@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -570,5 +571,68 @@ func TestPushRollingRestart(t *testing.T) {
 		if n := app.count(id); n != 1 {
 			t.Errorf("%s was pushed %d times", id, n)
 		}
+	}
+}
+
+// TestPushDev has `tercet dev` push to an application as its vercel.json says, and follow the file.
+func TestPushDev(t *testing.T) {
+	project := t.TempDir()
+	file := filepath.Join(project, "vercel.json")
+	write := func(route, topic string) {
+		t.Helper()
+		text := fmt.Sprintf(`{"functions": {"app/(jobs)/api/queues/%s/route.ts": {"experimentalTriggers": [{"type": "queue/v2beta", "topic": %q}]}}}`, route, topic)
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("first", "order-*")
+	got := make(chan string, 64)
+	app := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		got <- r.URL.Path + " " + r.Header.Get("ce-vqsqueuename") + " " + r.Header.Get("ce-vqsconsumergroup")
+	}))
+	t.Cleanup(app.Close)
+	args, httpPort := devArguments(t, filepath.Join(t.TempDir(), "dev"), "-o", "json", "--app", strings.Replace(app.URL, "127.0.0.1", "localhost", 1), "--vercel-json", file)
+	dev := startDev(t, args)
+	document(t, dev)
+	cl := harness.NewClient(fmt.Sprintf("http://127.0.0.1:%d", httpPort))
+	t.Cleanup(cl.Close)
+	expect := func(want string) {
+		t.Helper()
+		select {
+		case line := <-got:
+			if line != want {
+				t.Errorf("pushed %q, want %q", line, want)
+			}
+		case <-time.After(60 * time.Second):
+			t.Fatalf("nothing was pushed:\n%s", dev.Log())
+		}
+	}
+	said := func(text string) {
+		t.Helper()
+		harness.Until(t, 30*time.Second, text, func() error {
+			if !strings.Contains(dev.Log(), text) {
+				return errNotYet
+			}
+			return nil
+		})
+	}
+	publish(t, cl, "order-1", []byte("m"))
+	expect("/api/queues/first order-1 app_S_28jobs_29_Sapi_Squeues_Sfirst_Sroute_Dts")
+	// A mistake leaves things as they are.
+	if err := os.WriteFile(file, []byte(`{"functions"`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	said("the subscriptions stay as they are")
+	publish(t, cl, "order-2", []byte("m"))
+	expect("/api/queues/first order-2 app_S_28jobs_29_Sapi_Squeues_Sfirst_Sroute_Dts")
+	write("second", "jobs")
+	said("no longer pushing order-*")
+	publish(t, cl, "jobs", []byte("m"))
+	expect("/api/queues/second jobs app_S_28jobs_29_Sapi_Squeues_Ssecond_Sroute_Dts")
+	if err := dev.Signal(syscall.SIGINT); err != nil {
+		t.Fatal(err)
+	}
+	if code, err := dev.WaitExit(30 * time.Second); err != nil || code != 0 {
+		t.Errorf("tercet dev ended with %d, %v", code, err)
 	}
 }
