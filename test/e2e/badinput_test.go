@@ -10,6 +10,7 @@ import (
 // TestBadInput sends malformed, oversized and hostile requests to the leader and to a follower. Afterwards the three
 // states are one, and no node has noticed.
 func TestBadInput(t *testing.T) {
+	t.Parallel()
 	c := harness.Start(t, harness.Options{})
 	followers, leader := c.Followers()
 	for _, target := range []struct {

@@ -11,6 +11,7 @@ import (
 // TestLeaseAcrossLeaders gives one node's process a head start of five seconds, has another node grant leases, and
 // hands leadership to the early one: however long each process has been running, no lease ends before its time (S4).
 func TestLeaseAcrossLeaders(t *testing.T) {
+	t.Parallel()
 	c := harness.Start(t, harness.Options{})
 	const lease = 8 * time.Second
 	for _, n := range c.Nodes {

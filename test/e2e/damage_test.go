@@ -16,6 +16,7 @@ import (
 // TestDamagedLog flips a bit in the middle of a stopped follower's log. The node does not start with it; it names
 // the file and the remedy, `tercet wal verify` finds the same place, the other nodes go on, and the remedy works.
 func TestDamagedLog(t *testing.T) {
+	t.Parallel()
 	seed := harness.Seed(t)
 	c := harness.Start(t, harness.Options{})
 	load := workload.Start(t, c, workload.Options{Seed: seed})

@@ -24,6 +24,7 @@ func jsonBody(v any) io.Reader {
 // third, which has not, come back: no majority may form without the confirmed messages. When the first goes on they
 // are all there. (Decision 7.)
 func TestWipedNodeGivesNoVote(t *testing.T) {
+	t.Parallel()
 	c := harness.Start(t, harness.Options{})
 	followers, leader := c.Followers()
 	behind, wiped := followers[0], followers[1]
@@ -83,6 +84,7 @@ func TestWipedNodeGivesNoVote(t *testing.T) {
 // TestNewGroupIsGivenEverything acknowledges all messages in all groups there are: a group that comes later is given
 // them all the same, before and after the nodes have restarted. (Decision 18.)
 func TestNewGroupIsGivenEverything(t *testing.T) {
+	t.Parallel()
 	c := harness.Start(t, harness.Options{})
 	cl := client(t, c.Nodes[0])
 	const count = 100

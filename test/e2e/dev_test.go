@@ -88,6 +88,7 @@ func children(t *testing.T, p *harness.Process) []int {
 // TestDev runs `tercet dev` as its user would: two clusters side by side, a taken port, a child that is killed, and
 // Ctrl-C.
 func TestDev(t *testing.T) {
+	t.Parallel()
 	args, httpPort := devArguments(t, filepath.Join(t.TempDir(), "first"), "-o", "json")
 	first := startDev(t, args)
 	doc := document(t, first)

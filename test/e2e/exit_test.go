@@ -15,6 +15,7 @@ import (
 // TestExitCodes ends commands in each of the ways that scripts branch on, against a real cluster where the code
 // depends on one, and looks for what each failure says to do about it.
 func TestExitCodes(t *testing.T) {
+	t.Parallel()
 	c := harness.Start(t, harness.Options{})
 	followers, leader := c.Followers()
 	server := "--server=" + leader.URL() + "," + followers[1].URL()

@@ -32,6 +32,7 @@ func TestHealthy(t *testing.T) {
 // TestFault breaks one node under load and checks what clients saw. Each fault has a cluster of its own. The gap in
 // publishing is measured and logged; how long it may be is for benchmarks on quiet machines to say.
 func TestFault(t *testing.T) {
+	beside(t)
 	faults := []struct {
 		name string
 		// leads is set when the victim is the leader, moves when leadership must be elsewhere afterwards.
@@ -53,6 +54,7 @@ func TestFault(t *testing.T) {
 	}
 	for _, f := range faults {
 		t.Run(f.name, func(t *testing.T) {
+			beside(t)
 			seed := harness.Seed(t)
 			rounds := harness.Scale(1, 20)
 			c := harness.Start(t, harness.Options{})
@@ -125,6 +127,7 @@ func valid(t *testing.T, r *history.Report, publishes int) {
 // TestKillAll kills all three nodes at once under load and starts them again: what was acknowledged is there, and
 // the three states are one (S12, S13).
 func TestKillAll(t *testing.T) {
+	beside(t)
 	seed := harness.Seed(t)
 	c := harness.Start(t, harness.Options{})
 	load := workload.Start(t, c, workload.Options{Seed: seed})

@@ -12,6 +12,7 @@ import (
 // TestInSyncZones takes a zone away and brings it back: three zones hold each message, then two, then three again.
 // While a zone is away a publish that asks for all of them is refused, and nothing of it is stored.
 func TestInSyncZones(t *testing.T) {
+	t.Parallel()
 	all := map[string]string{"Tercet-Durability": "all"}
 	for _, how := range []struct {
 		name       string
@@ -86,6 +87,7 @@ func TestInSyncZones(t *testing.T) {
 // TestDurabilityAll runs the cluster with --durability all: without all zones nothing is taken, and what consumers
 // do goes on.
 func TestDurabilityAll(t *testing.T) {
+	t.Parallel()
 	c := harness.Start(t, harness.Options{Args: []string{"--durability", "all"}})
 	followers, leader := c.Followers()
 	before := publish(t, client(t, followers[1]), "all", []byte("before"))

@@ -1,5 +1,8 @@
 // Package e2e tests the product as its users meet it: three real processes, real clients, real faults. See
 // docs/testing.md for how to run one test, a campaign, or a seed again.
+//
+// Tests that mostly wait, for leases, time-outs and zones, run two at a time, and so do those that break nodes under load
+// unless they are a campaign: then they have the machine to themselves, so that the gaps they log mean something.
 package e2e
 
 import (
@@ -15,6 +18,13 @@ import (
 var errNotYet = errors.New("not yet")
 
 func TestMain(m *testing.M) { harness.Main(m) }
+
+// beside lets a test run beside others, unless it is a campaign.
+func beside(t *testing.T) {
+	if !harness.Campaign() {
+		t.Parallel()
+	}
+}
 
 // client returns a client of the node that is closed with the test.
 func client(t *testing.T, n *harness.Node) *harness.Client {

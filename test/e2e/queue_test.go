@@ -17,6 +17,7 @@ import (
 // TestQueue walks through the protocol in plain HTTP. Each message is published through one node, received through
 // the next and settled through the third, in all three rotations, so that leader and followers play each part.
 func TestQueue(t *testing.T) {
+	t.Parallel()
 	c := harness.Start(t, harness.Options{})
 	for i := range c.Nodes {
 		pub, rec, set := c.Nodes[i], c.Nodes[(i+1)%3], c.Nodes[(i+2)%3]

@@ -10,6 +10,7 @@ import (
 
 // TestRandomFaults mixes faults on all nodes, several at a time included.
 func TestRandomFaults(t *testing.T) {
+	beside(t)
 	seed := harness.Seed(t)
 	rng := harness.Rand(seed, "faults")
 	c := harness.Start(t, harness.Options{})

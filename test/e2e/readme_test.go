@@ -36,6 +36,7 @@ func shellBlocks(t *testing.T, readme string, headings ...string) string {
 // TestReadme runs the README's commands as they stand, one after the other in one shell, as somebody would who pastes
 // them. Only the ports and the directory are others, so that it may run beside a cluster of the developer's own.
 func TestReadme(t *testing.T) {
+	t.Parallel()
 	root, err := harness.ModuleRoot()
 	if err != nil {
 		t.Fatal(err)

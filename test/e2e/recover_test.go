@@ -12,6 +12,7 @@ import (
 // published with three zones is there. Leases and acknowledgements need a majority only, so their last ones may be
 // forgotten, but no receipt of them fits another lease. Each zone in turn is the survivor.
 func TestRecover(t *testing.T) {
+	t.Parallel()
 	for i := range harness.Scale(2, 3) {
 		seed := harness.Seed(t)
 		c := harness.Start(t, harness.Options{})

@@ -11,6 +11,7 @@ import (
 // TestRetentionFreesDisk publishes much more than is ever alive: what has expired takes no room. In a campaign that is
 // 10 GiB in real time; otherwise the virtual clock lets each part expire, and segments are small so that less shows.
 func TestRetentionFreesDisk(t *testing.T) {
+	t.Parallel()
 	const (
 		parts     = 2
 		retention = time.Minute

@@ -16,6 +16,7 @@ import (
 // TestSDK runs the unmodified npm package @vercel/queue against three nodes: whole, without one zone, and without
 // a majority.
 func TestSDK(t *testing.T) {
+	t.Parallel()
 	installSDK(t)
 	c := harness.Start(t, harness.Options{Args: []string{"--virtual-clock"}})
 	followers, leader := c.Followers()
