@@ -681,6 +681,7 @@ func (e *Engine) loadStaged(d *Delivery) (ok bool, err error) {
 		}
 		d.fill(&rec)
 		d.Body = append(make([]byte, 0, len(d.Body)), d.Body...)
+		d.fields = cloneFields(d.fields)
 		return true, nil
 	}
 	return false, fmt.Errorf("engine: staged message %d of entry %d: %w", d.ID.Pos, d.ID.Index, errMalformed)

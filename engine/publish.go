@@ -86,7 +86,10 @@ func (e *Engine) noteRecord(rec *record, start, size uint32) (code errs.Code) {
 }
 
 // publish puts the messages noted into the topic, all or none.
-func (e *Engine) publish(t *topic, res *Result) error {
+func (e *Engine) publish(t *topic, res *Result) error { return e.publishAt(t, StreamID{}, res) }
+
+// publishAt is publish of one message under a stream ID that is above the topic's last; 0-0 lets the topic choose.
+func (e *Engine) publishAt(t *topic, at StreamID, res *Result) error {
 	n := len(e.heads)
 	if t.settings != (TopicSettings{}) || len(e.specials) > 0 {
 		if code, err := e.bound(t); code != errs.OK || err != nil {
@@ -95,6 +98,9 @@ func (e *Engine) publish(t *topic, res *Result) error {
 		}
 	}
 	id, ok := t.nextStreamID(uint64(e.stamp.Wall), uint64(n))
+	if at != (StreamID{}) {
+		id, ok = at, true
+	}
 	if !ok {
 		res.Code = errs.StreamExhausted
 		return nil

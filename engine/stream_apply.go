@@ -83,7 +83,9 @@ func (e *Engine) applyStreamAdd(in *reader, end uint32, res *Result) error {
 		res.Code = errs.BadRequest
 	case v.by == AddExplicit && v.id == StreamID{}:
 		res.Code = errs.StreamIDZero
-	case rec.flags&(recordKey|recordDelay|recordDeployment|recordDefault) != 0 || v.trim.Refs != KeepRef:
+	case rec.flags&(recordDeployment|recordDefault) != 0 || v.by != AddAuto && rec.flags&(recordKey|recordDelay) != 0:
+		res.Code = errs.BadRequest
+	case v.trim.Refs != KeepRef:
 		res.Code = errs.Unsupported
 	case len(rec.body) > limits.MessageBytesMax:
 		res.Code = errs.MessageTooLarge
@@ -114,11 +116,7 @@ func (e *Engine) applyStreamAdd(in *reader, end uint32, res *Result) error {
 	id := v.id
 	switch v.by {
 	case AddAuto:
-		var ok bool
-		if id, ok = nextID(last, uint64(e.stamp.Wall)); !ok {
-			res.Code = errs.StreamExhausted
-			return nil
-		}
+		id = StreamID{}
 	case AddAutoSeq:
 		id.Seq = 0
 		if id.Ms == last.Ms {
@@ -129,7 +127,7 @@ func (e *Engine) applyStreamAdd(in *reader, end uint32, res *Result) error {
 			id.Seq = last.Seq + 1
 		}
 	}
-	if !last.less(id) {
+	if v.by != AddAuto && !last.less(id) {
 		res.Code = errs.StreamIDTooLow
 		return nil
 	}
@@ -140,36 +138,25 @@ func (e *Engine) applyStreamAdd(in *reader, end uint32, res *Result) error {
 			return nil
 		}
 	}
-	b := e.blockOf(t, 1)
-	i := b.count
-	b.add(e.pos, uint32(min(rec.retention, math.MaxUint32)), int(end-start))
-	b.addID(id)
-	b.starts = append(b.starts, start)
-	t.segs = append(t.segs, segment{start, end})
-	t.noted(b.expiry(i))
-	res.Published = Published{Shard: e.o.Shard, Index: e.index, Pos: e.pos, Count: 1, Offset: b.base + uint64(i), Stream: id}
-	e.pos++
-	t.next++
-	t.last = id
-	t.published++
-	t.bytes += uint64(end - start)
-	t.changed, t.dirty = e.index, true
-	for _, g := range t.parked {
-		e.look(g)
+	e.beginPublish()
+	if res.Code = e.noteRecord(&rec, start, end-start); res.Code != errs.OK {
+		return nil
+	}
+	if err := e.publishAt(t, id, res); err != nil || res.Code != errs.OK {
+		return err
+	}
+	if p := &res.Published; len(p.Kinds) == 1 && p.Kinds[0] == KindDuplicate {
+		b, i, err := e.byID(t, p.Originals[0])
+		if err == nil && b != nil {
+			p.Stream = b.streamOf(i)
+		}
+		return err // nothing was added, so nothing is trimmed
 	}
 	if v.trim.By == TrimNone {
 		return nil
 	}
 	_, err := e.trim(t, &v.trim)
 	return err
-}
-
-// nextID is the ID that follows last at that wall time.
-func nextID(last StreamID, wall uint64) (StreamID, bool) {
-	if wall > last.Ms {
-		return StreamID{Ms: wall}, true
-	}
-	return StreamID.Next(last)
 }
 
 // approxRun is how many entries "~" removes at a time: what Valkey keeps in one node.
@@ -466,7 +453,12 @@ func (a *answerRoom) take(size uint64, first bool) bool {
 }
 
 func (e *Engine) streamEntry(b *block, i uint32) StreamEntry {
-	return StreamEntry{ID: b.streamOf(i), topic: b.topic, offset: b.base + uint64(i)}
+	s := StreamEntry{ID: b.streamOf(i), topic: b.topic, offset: b.base + uint64(i)}
+	if b.refs != nil {
+		r := b.ref(i)
+		s.stagedIndex, s.stagedPos = r.index, r.pos+(i-r.from)
+	}
+	return s
 }
 
 func (e *Engine) applyStreamReadGroup(c *StreamReadGroup, res *Result) error {

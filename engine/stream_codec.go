@@ -723,6 +723,7 @@ const (
 	entryDeleted = 1 << iota
 	entryClaimed
 	entryLoaded
+	entryStaged
 	entryFlags = iota
 )
 
@@ -731,13 +732,17 @@ func appendStreamEntries(b []byte, list []StreamEntry) []byte {
 	for i := range list {
 		s := &list[i]
 		b = s.ID.append(b)
-		b = append(b, bit(s.Deleted, entryDeleted)|bit(s.Claimed, entryClaimed)|bit(s.loaded, entryLoaded))
+		b = append(b, bit(s.Deleted, entryDeleted)|bit(s.Claimed, entryClaimed)|bit(s.loaded, entryLoaded)|bit(s.stagedIndex != 0, entryStaged))
 		if s.Claimed {
 			b = appendVarint(b, s.Idle)
 			b = binary.AppendUvarint(b, s.Count)
 		}
 		b = binary.AppendUvarint(b, s.topic)
 		b = binary.AppendUvarint(b, s.offset)
+		if s.stagedIndex != 0 {
+			b = binary.AppendUvarint(b, s.stagedIndex)
+			b = binary.AppendUvarint(b, uint64(s.stagedPos))
+		}
 		if s.loaded {
 			b = appendFields(b, s.Fields)
 		}
@@ -759,6 +764,9 @@ func (r *reader) streamEntries() []StreamEntry {
 			s.Idle, s.Count = r.varint(), r.uvarint()
 		}
 		s.topic, s.offset = r.uvarint(), r.uvarint()
+		if f&entryStaged != 0 {
+			s.stagedIndex, s.stagedPos = r.uvarint(), uint32(r.upTo(1<<32-1))
+		}
 		if s.loaded {
 			k := r.count(1)
 			if k > 0 {

@@ -133,7 +133,11 @@ func entryDeliveries(list []*StreamEntry) ([]Delivery, []*StreamEntry) {
 	var todo []*StreamEntry
 	for _, s := range list {
 		if s.topic != 0 && !s.loaded && !s.Deleted {
-			ds = append(ds, Delivery{Receipt: Receipt{Topic: s.topic, Offset: s.offset}, asFields: true})
+			d := Delivery{Receipt: Receipt{Topic: s.topic, Offset: s.offset}, asFields: true}
+			if s.stagedIndex != 0 {
+				d.ID = MessageID{Index: s.stagedIndex, Pos: s.stagedPos, Kind: KindDelayed}
+			}
+			ds = append(ds, d)
 			todo = append(todo, s)
 		}
 	}

@@ -413,24 +413,6 @@ func (m *refModel) apply(c Command) string {
 		}
 		s.expire = m.now + c.By.Ms
 		return "1"
-	case *KeyCopy:
-		s := m.get(c.From)
-		if s == nil || m.get(c.To) != nil && !c.Replace || c.From == c.To {
-			return "0"
-		}
-		n := *s
-		n.entries = slices.Clone(s.entries)
-		n.groups = map[string]*refGroup{}
-		for name, g := range s.groups {
-			h := &refGroup{last: g.last, read: g.read, pel: map[StreamID]*refPending{}, consumers: maps.Clone(g.consumers)}
-			for id, p := range g.pel {
-				q := *p
-				h.pel[id] = &q
-			}
-			n.groups[name] = h
-		}
-		m.keys[c.To] = &n
-		return "1"
 	}
 	return "?"
 }
@@ -657,8 +639,6 @@ func randomStreamCommand(r *rand.Rand, m *refModel, keys []string) Command {
 		return &KeyDelete{Keys: []string{key}}
 	case n < 96:
 		return &KeyRename{From: key, To: keys[r.IntN(len(keys))]}
-	case n < 98 && false:
-		return &KeyCopy{From: key, To: keys[r.IntN(len(keys))], Replace: r.IntN(2) == 0}
 	default:
 		return &KeyExpire{Key: key, By: Deadline{Set: true, Ms: int64(1 + r.IntN(20000))}}
 	}

@@ -150,10 +150,12 @@ type StreamAdd struct {
 	ID       StreamID
 	NoCreate bool
 	Trim     Trim
-	// Token makes the addition idempotent (IDMP): another one with the same token within the retention answers the
-	// first one's ID and adds nothing. Empty for none.
+	// Token makes the addition idempotent (IDMP), with AddAuto only: another one with the same token within the
+	// window of its retention answers the first one's ID and adds nothing; Result.Published.Kinds[0] is then
+	// KindDuplicate, and the ID 0-0 if the first one is not there any more or not visible yet. Empty for none.
 	Token string
-	// Delay makes the entry visible later, Retention bounds its life: beyond Valkey, zero for none. Whole seconds.
+	// Delay makes the entry visible later, with AddAuto only: it gets its ID then, Result.Published.Stream is 0-0 and
+	// Published.Kinds[0] KindDelayed. Retention bounds its life. Beyond Valkey, zero for none. Whole seconds.
 	Delay, Retention time.Duration
 	// Fields are names and values in turn.
 	Fields [][]byte
@@ -428,7 +430,10 @@ type StreamEntry struct {
 
 	// topic and offset are where Load finds the fields; topic 0 is nowhere.
 	topic, offset uint64
-	loaded        bool
+	// stagedIndex and stagedPos tell, of one that was delayed, where its record is; index 0 for others.
+	stagedIndex uint64
+	stagedPos   uint32
+	loaded      bool
 }
 
 // The stream and key queries. Key is Query.Topic, Query.Group the group; what else they need is in
