@@ -749,8 +749,8 @@ func shrink(t testing.TB, ours, theirs *peer, steps []step) []step {
 		removed := false
 		for from := 0; from+size <= len(steps); {
 			less := slices.Concat(steps[:from], steps[from+size:])
-			if at := -1; balanced(less) {
-				at, _, _ = compare(t, ours, theirs, less, 1000)
+			if balanced(less) {
+				at, _, _ := compare(t, ours, theirs, less, 1000)
 				if at < 0 {
 					from += size
 					continue
