@@ -53,7 +53,7 @@ const (
 // acknowledgements, claims) waits for a majority.
 func (k Kind) Stores() bool {
 	switch k {
-	case CmdPublish, CmdStreamAdd, CmdStreamSetID, CmdStreamGroup, CmdKeyRename, CmdKeyCopy, CmdKeyExpire, CmdStringSet, CmdExec:
+	case CmdPublish, CmdUploadOpen, CmdUploadPart, CmdUploadCommit, CmdStreamAdd, CmdStreamSetID, CmdStreamGroup, CmdKeyRename, CmdKeyCopy, CmdKeyExpire, CmdStringSet, CmdExec:
 		return true
 	}
 	return false

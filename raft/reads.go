@@ -286,3 +286,6 @@ func answerOf(a engine.Answer, err error) []byte {
 	}
 	return engine.AppendAnswer(binary.AppendUvarint(nil, uint64(errs.OK)), &a)
 }
+
+// Totals returns this node's figures of all topics and groups together (engine.Engine.Totals).
+func (n *Node) Totals() engine.Totals { return n.eng.Totals() }

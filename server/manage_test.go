@@ -74,6 +74,8 @@ func TestManageTopics(t *testing.T) {
 	for i := range 3 {
 		sendMessage(t, base, "orders", fmt.Append(nil, i))
 	}
+	expect(t, call(t, "POST", base+"/api/v3/topic/orders", []byte("x")), 429, "topic_full")
+	expect(t, call(t, "POST", base+"/api/v3/topic/orders", []byte("123456")), 413, "message_too_large")
 	m.do(200, "POST", "/v1/topics/orders/pause", "", &topic)
 	if !topic.Settings.Paused || topic.Settings.DepthMax != 3 {
 		t.Errorf("paused: %+v", topic.Settings)
@@ -92,6 +94,12 @@ func TestManageTopics(t *testing.T) {
 	}
 	if g := m.group("orders", "g"); g.Inflight != 0 || g.Depth != 0 {
 		t.Errorf("after the purge: %+v", g)
+	}
+	id := sendMessage(t, base, "orders", []byte("3"))
+	var story wire.Story
+	m.do(200, "GET", "/v1/topics/orders/messages/"+id, "", &story)
+	if got := lifetime(t, story); got != time.Hour {
+		t.Errorf("the topic's default retention gives %s", got)
 	}
 	m.do(204, "DELETE", "/v1/topics/orders", "", nil)
 	m.do(404, "GET", "/v1/topics/orders", "", nil)

@@ -2,10 +2,13 @@ package server
 
 import (
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"tercet.dev/tercet/engine"
 )
 
 // metrics are the server's own series. Labels take few values, all known here; topics never are one.
@@ -58,6 +61,11 @@ func newMetrics(reg prometheus.Registerer, s *Server) (*metrics, error) {
 			return nil, err
 		}
 	}
+	if t, ok := s.backend.(totaler); ok {
+		if err := reg.Register(&totalsCollector{backend: t}); err != nil {
+			return nil, err
+		}
+	}
 	for o := range opCount {
 		if o != opReceiveWait {
 			m.observer(o, outcomeOK)
@@ -101,4 +109,60 @@ func (m *metrics) published(zones, n int) {
 		slot.Store(p)
 	}
 	(*p).Add(float64(n))
+}
+
+// totaler is a Backend that counts its messages.
+type totaler interface{ Totals() engine.Totals }
+
+// totalsCollector shows the figures of all topics and groups together. Every node counts for itself what it has applied, so
+// the series of one node are those of the cluster. Counting visits every group, so it is not done more often than that.
+type totalsCollector struct {
+	backend totaler
+
+	mu   sync.Mutex
+	at   time.Time
+	last engine.Totals
+}
+
+// totalsEvery is how long a count is good.
+const totalsEvery = 5 * time.Second
+
+var (
+	totalMessages = prometheus.NewDesc("tercet_messages", "Messages by state, added up over all groups (delayed: over all topics). A message that was returned is ready.", []string{"state"}, nil)
+	totalOldest   = prometheus.NewDesc("tercet_oldest_message_age_seconds", "Age of the oldest message that some group has not been given; 0 without any.", nil, nil)
+	totalTopics   = prometheus.NewDesc("tercet_topics", "Topics.", nil, nil)
+	totalGroups   = prometheus.NewDesc("tercet_groups", "Consumer groups.", nil, nil)
+	totalUploads  = prometheus.NewDesc("tercet_uploads", "Large messages under way.", nil, nil)
+)
+
+// Describe implements prometheus.Collector.
+func (c *totalsCollector) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{totalMessages, totalOldest, totalTopics, totalGroups, totalUploads} {
+		ch <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (c *totalsCollector) Collect(ch chan<- prometheus.Metric) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if now := time.Now(); c.at.IsZero() || now.Sub(c.at) >= totalsEvery {
+		c.at, c.last = now, c.backend.Totals()
+	}
+	send := func(d *prometheus.Desc, v float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	t := &c.last
+	send(totalMessages, float64(t.Ready+t.Waiting), "ready")
+	send(totalMessages, float64(t.Inflight), "inflight")
+	send(totalMessages, float64(t.Delayed), "delayed")
+	send(totalMessages, float64(t.Parked), "parked")
+	age := 0.0
+	if t.OldestAt > 0 {
+		age = max(0, float64(time.Now().UnixMilli()-t.OldestAt)/1000)
+	}
+	send(totalOldest, age)
+	send(totalTopics, float64(t.Topics))
+	send(totalGroups, float64(t.Groups))
+	send(totalUploads, float64(t.Uploads))
 }

@@ -138,7 +138,7 @@ func checkBatch(t *testing.T, b *batch) {
 		t.Fatalf("%d messages and %d good verdicts", len(b.messages), good)
 	}
 	for _, m := range b.messages {
-		if !validValue(m.ContentType) || m.ContentType == "" || m.Retention < limits.RetentionMin || m.Retention > limits.RetentionMax || m.Delay < 0 || m.Delay > m.Retention {
+		if !validValue(m.ContentType) || m.ContentType == "" || !m.RetentionDefault && m.Retention < limits.RetentionMin || m.Retention > limits.RetentionMax || m.Delay < 0 || !m.RetentionDefault && m.Delay > m.Retention {
 			t.Fatalf("accepted: %+v", m)
 		}
 		for _, h := range m.Headers {

@@ -36,9 +36,19 @@ func (x *exchange) send() {
 		x.fail(e)
 		return
 	}
+	if x.r.ContentLength > limits.MessageBytesMax {
+		x.sendLarge(msg, nil, require)
+		return
+	}
 	buf := getBuffer(int(min(max(x.r.ContentLength, 0), bodyPiece)))
 	defer putBuffer(buf)
 	buf.b, e = x.readBody(buf.b, limits.MessageBytesMax)
+	if e != nil && e.Code == errs.MessageTooLarge {
+		// A body of unknown length that turns out to be large: what has been read is its beginning.
+		x.close = false
+		x.sendLarge(msg, buf.b, require)
+		return
+	}
 	if e != nil {
 		x.fail(e)
 		return
@@ -58,10 +68,15 @@ func (x *exchange) send() {
 		x.fail(e)
 		return
 	}
+	buf.b = x.answerSent(reply, buf.b)
+}
+
+// answerSent answers a send. The buffer may be the request's body, which nobody reads any more.
+func (x *exchange) answerSent(reply raft.Reply, buf []byte) []byte {
 	sealer, e := x.sealer()
 	if e != nil {
 		x.fail(e)
-		return
+		return buf
 	}
 	out := x.published(reply, 2)
 	id := sealer.MessageID(reply.Published.ID(0))
@@ -69,11 +84,11 @@ func (x *exchange) send() {
 	out.set(wire.HeaderRequestID, x.requestID())
 	x.w.Header()["Content-Type"] = jsonType
 	x.w.WriteHeader(http.StatusCreated)
-	body := append(buf.b[:0], `{"messageId":"`...)
+	body := append(buf[:0], `{"messageId":"`...)
 	body = append(body, id...)
 	body = append(body, '"', '}')
-	buf.b = body
 	x.w.Write(body)
+	return body
 }
 
 // publish has a publish command carried out.
@@ -216,6 +231,8 @@ type messageHead struct {
 	delay     int64
 	retention int64 // seconds
 	typed     bool
+	// retained is set when the retention was named; else it is the topic's.
+	retained bool
 }
 
 func (p *messageHead) init() { *p = messageHead{retention: retentionDefault} }
@@ -230,6 +247,7 @@ func (p *messageHead) set(name, value string) (e *errs.Error) {
 		p.msg.ContentType, p.typed = value, true
 	case wire.HeaderRetention:
 		p.retention, e = number(name, value, retentionMin, retentionMax)
+		p.retained = true
 	case wire.HeaderDelay:
 		p.delay, e = number(name, value, 0, delayMax)
 	case wire.HeaderIdempotencyKey:
@@ -274,7 +292,9 @@ func (p *messageHead) check() *errs.Error {
 	if !p.typed {
 		p.msg.ContentType = wire.MediaOctets
 	}
-	p.msg.Retention = time.Duration(p.retention) * time.Second
+	if p.msg.RetentionDefault = !p.retained; p.retained {
+		p.msg.Retention = time.Duration(p.retention) * time.Second
+	}
 	p.msg.Delay = time.Duration(p.delay) * time.Second
 	return nil
 }

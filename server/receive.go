@@ -205,6 +205,9 @@ func (x *exchange) deliver(f form, messages []engine.Delivery) {
 		// A message that expired between the grant and now must not be shown.
 		if !messages[i].Gone {
 			n++
+			if messages[i].Large != nil {
+				size += largeMemory
+			}
 			size += int64(len(messages[i].Body))
 		}
 	}
@@ -285,9 +288,20 @@ func (m *messageWriter) write(d *engine.Delivery) error {
 		b = append(b, '\r', '\n')
 	case formFrames:
 		m.head = m.appendHead(m.head[:0], d, "\n")
-		b = wire.AppendFrameHead(b, m.head, len(d.Body))
+		size := len(d.Body)
+		if d.Large != nil {
+			size = int(d.Large.Bytes)
+		}
+		b = wire.AppendFrameHead(b, m.head, size)
 	case formNDJSON:
-		m.buf.b = m.appendLine(b, d)
+		b = m.appendLine(b, d)
+	}
+	if d.Large != nil {
+		m.buf.b = b
+		return m.writeLarge(d)
+	}
+	if m.f == formNDJSON {
+		m.buf.b = b
 		return m.flush(false)
 	}
 	if len(d.Body) < flushAfter {
@@ -404,6 +418,9 @@ func (m *messageWriter) appendLine(b []byte, d *engine.Delivery) []byte {
 		b = append(b, '}')
 	}
 	b = append(b, `,"body":"`...)
+	if d.Large != nil {
+		return b // the body follows in parts
+	}
 	b = base64.StdEncoding.AppendEncode(b, d.Body)
 	return append(b, '"', '}', '\n')
 }

@@ -19,6 +19,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"tercet.dev/tercet/internal/errs"
+	"tercet.dev/tercet/internal/limits"
 	"tercet.dev/tercet/server/auth"
 	"tercet.dev/tercet/server/wire"
 )
@@ -158,6 +159,7 @@ type Server struct {
 	worth      string
 	openAPI    func() (openAPI, error)
 	rates      rates
+	largeMax   int64 // bytes of a message in parts
 	tls        *tls.Config
 	virtual    bool
 	limits     Limits
@@ -202,6 +204,7 @@ func New(o Options) (*Server, error) {
 		authorizer: o.Authorizer,
 		hosts:      map[string]bool{"localhost": true},
 		tls:        o.TLS,
+		largeMax:   limits.LargeMessageBytesMax,
 		contact:    o.Contact,
 		worth:      o.Worth,
 		virtual:    o.VirtualClock,
@@ -280,6 +283,8 @@ type exchange struct {
 	waits bool
 	// close ends the connection after the answer.
 	close bool
+	// aborted ends the connection at once: what was written of the answer is not to be taken for all of it.
+	aborted bool
 	// allow lists the path's methods, for 405.
 	allow string
 	id    string
@@ -319,8 +324,12 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	x.serve()
 	x.release()
 	s.metrics.observe(x)
+	aborted := x.aborted
 	*x = exchange{}
 	exchanges.Put(x)
+	if aborted {
+		panic(http.ErrAbortHandler)
+	}
 }
 
 // serve checks what every request has in common and hands it to its handler.

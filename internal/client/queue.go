@@ -324,7 +324,7 @@ func (c *Client) deliveries(ctx context.Context, path string, o ReceiveOptions) 
 		res.Body.Close()
 		return &Deliveries{}, nil
 	}
-	return &Deliveries{body: res.Body, frames: wire.NewReader(res.Body, limits.MessageBytesMax+frameOverhead)}, nil
+	return &Deliveries{body: res.Body, frames: wire.NewReader(res.Body, limits.LargeMessageBytesMax+frameOverhead)}, nil
 }
 
 // Receive leases messages. Without one, Next returns io.EOF at once.

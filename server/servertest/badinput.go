@@ -160,9 +160,14 @@ func rows() []row {
 	add("300 headers", post("POST", sendPath, "x", manyHeaders(300)...), "bad_request", 400)
 
 	// Bodies.
+	announced := func(n int64) string {
+		return fmt.Sprintf("POST %s HTTP/1.1\r\nHost: HOST\r\nContent-Length: %d\r\n\r\nx", sendPath, n)
+	}
 	big := strings.Repeat("x", limits.MessageBytesMax+1)
-	t = append(t, row{name: "body above the limit", raw: post("POST", sendPath, big), status: []int{413}, code: "message_too_large", closed: true},
-		row{name: "chunked body above the limit", raw: chunked(sendPath, big), status: []int{413}, code: "message_too_large", closed: true},
+	t = append(t, row{name: "body above the limit", raw: announced(limits.LargeMessageBytesMax + 1), status: []int{413}, code: "message_too_large", closed: true},
+		row{name: "body of 2^62", raw: announced(1 << 62), status: []int{413}, code: "message_too_large", closed: true},
+		row{name: "body in parts shorter than announced", raw: fmt.Sprintf("POST %s HTTP/1.1\r\nHost: HOST\r\nContent-Length: %d\r\n\r\n%s", sendPath, 3<<20, big), status: []int{400}, code: "bad_request", closed: true, hangUp: true},
+		row{name: "body in parts, chunked, without end", raw: fmt.Sprintf("POST %s HTTP/1.1\r\nHost: HOST\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n", sendPath, len(big), big), status: []int{400}, code: "bad_request", closed: true, hangUp: true},
 		row{name: "batch above the limit", raw: post("POST", batchPath, strings.Repeat("x", limits.BatchBytesMax+1), "Content-Type: "+wire.MediaBatch), status: []int{413}, code: "message_too_large", closed: true},
 		row{name: "body shorter than announced", raw: "POST " + sendPath + " HTTP/1.1\r\nHost: HOST\r\nContent-Length: 10\r\n\r\nshort", status: []int{400}, code: "bad_request", closed: true, hangUp: true},
 		row{name: "large body shorter than announced", raw: "POST " + sendPath + " HTTP/1.1\r\nHost: HOST\r\nContent-Length: 1000000\r\n\r\n" + strings.Repeat("x", 500000), status: []int{400}, code: "bad_request", closed: true, hangUp: true},
@@ -291,11 +296,6 @@ func manyHeaders(n int) []string {
 		out[i] = fmt.Sprintf("X-%d: v", i)
 	}
 	return out
-}
-
-// chunked is a send whose body comes in one chunk.
-func chunked(path, body string) string {
-	return fmt.Sprintf("POST %s HTTP/1.1\r\nHost: HOST\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n", path, len(body), body)
 }
 
 func short(s string) string {
