@@ -66,6 +66,7 @@ bench-core: bench-build ## the goals of the core as a table, into bench/report (
 	bin/tercet-peers core $(if $(FULL),-full) $(BENCHFLAGS)
 
 bench-smoke: bench-build ## a minute of every driver and every peer: do they work?
+	cd bench/peers && $(GO) test .
 	bin/tercet-peers smoke $(BENCHFLAGS)
 
 bench-compare: ## the Go benchmarks of wal, codec, engine and RESP, here and at BASE=rev, compared by benchstat
