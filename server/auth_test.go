@@ -82,6 +82,12 @@ func TestScopes(t *testing.T) {
 func TestBadTokens(t *testing.T) {
 	a := authenticator(t, map[string]string{"good": "publish"}, auth.Limits{})
 	_, base := start(t, Options{Backend: &fakeBackend{}, Authorizer: a})
+	badTokens(t, base)
+}
+
+// badTokens presents to a server that accepts good-secret what it must not accept.
+func badTokens(t *testing.T, base string) {
+	t.Helper()
 	for _, value := range []string{"", "Bearer", "Bearer ", "good-secret", "Basic Z29vZDpzZWNyZXQ=", "Bearer Bearer good-secret", "Bearer  good-secret", "Bearer good-secret,", "Bearer " + strings.Repeat("a", 50<<10),
 		"Bearer " + hashOf("good-secret"), "Bearer good-secre", "Bearer good-secrets", "Bearer a.b.c"} {
 		expect(t, call(t, "POST", base+"/api/v3/topic/t", []byte("x"), "Authorization", value), 401, "unauthorized")

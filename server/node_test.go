@@ -4,6 +4,7 @@ import (
 	"testing"
 
 	"tercet.dev/tercet/raft"
+	"tercet.dev/tercet/server/auth"
 	"tercet.dev/tercet/server/servertest"
 )
 
@@ -23,6 +24,8 @@ func TestBadInput(t *testing.T) {
 		t.Run(string(role), func(t *testing.T) {
 			_, url := start(t, Options{Backend: n})
 			servertest.BadInput(t, servertest.Target{URL: url})
+			_, url = start(t, Options{Backend: n, Authorizer: authenticator(t, map[string]string{"good": "publish"}, auth.Limits{})})
+			badTokens(t, url)
 		})
 	}
 	if !done[raft.Leader] || !done[raft.Follower] {

@@ -133,11 +133,11 @@ func (a *app) sendOne(ctx context.Context, cl *client.Client, args []string, o *
 	}
 	if len(args) > 1 {
 		m.Body = []byte(args[1])
-	} else if m.Body, err = io.ReadAll(io.LimitReader(a.in, limits.MessageBytesMax+1)); err != nil {
+	} else if m.Body, err = io.ReadAll(io.LimitReader(a.in, limits.LargeMessageBytesMax+1)); err != nil {
 		return err
 	}
-	if len(m.Body) > limits.MessageBytesMax {
-		return usageError{fmt.Errorf("the message is larger than %d bytes", limits.MessageBytesMax)}
+	if len(m.Body) > limits.LargeMessageBytesMax {
+		return usageError{fmt.Errorf("the message is larger than %d bytes", limits.LargeMessageBytesMax)}
 	}
 	if m.ContentType == "" {
 		m.ContentType = sniff(m.Body)
