@@ -107,7 +107,7 @@ once, here. Secrets are read from files, so that they stand in no history.`,
 	flags = cmd.Flags()
 	flags.StringVar(&s.ConsumerGroup, "group", "", "consumer `group` (required)")
 	flags.StringVar(&s.URL, "url", "", "`URL` that messages are sent to (required)")
-	flags.StringVar(&s.DeploymentID, "deployment", "", "only messages of this deployment `ID`; without it all that no other subscription of the group claims")
+	flags.StringVar(&s.DeploymentID, "deployment", "", "only messages of this deployment `ID`")
 	flags.StringVar(&s.Type, "type", wire.PushV2Beta, "form of the requests: queue/v2beta, or queue/v1beta, which never carries the message")
 	flags.Int64Var(&n.retry, "retry-after", 60, "`seconds` from a failed delivery to the next")
 	flags.Int64Var(&n.delay, "initial-delay", 0, "`seconds` that messages, and the subscription itself, are held back at first")

@@ -356,13 +356,12 @@ type plan struct {
 type groupSettings struct {
 	maxDeliveries, maxConcurrency int64
 	initialDelay                  int64
-	exclude                       []string
 	// anyDeliveries and anyConcurrency: one of them asks for no bound.
 	anyDeliveries, anyConcurrency bool
 }
 
 func (g *groupSettings) equal(h *groupSettings) bool {
-	return g.maxDeliveries == h.maxDeliveries && g.maxConcurrency == h.maxConcurrency && g.initialDelay == h.initialDelay && slices.Equal(g.exclude, h.exclude)
+	return g.maxDeliveries == h.maxDeliveries && g.maxConcurrency == h.maxConcurrency && g.initialDelay == h.initialDelay
 }
 
 // makePlan distributes the topics. Of several subscriptions that fit one topic, group and deployment, the one with the
@@ -404,12 +403,8 @@ func makePlan(subs []*Subscription, known map[string][]string) *plan {
 			g.anyConcurrency = true
 		}
 		g.initialDelay = max(g.initialDelay, s.InitialDelay)
-		if s.Deployment != "" {
-			g.exclude = append(g.exclude, s.Deployment)
-		}
 	}
 	for _, g := range p.settings {
-		slices.Sort(g.exclude)
 		if g.anyDeliveries {
 			g.maxDeliveries = 0
 		}

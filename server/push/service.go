@@ -72,6 +72,15 @@ func (d *Dispatcher) prepare(ctx context.Context, next, old *Subscription) error
 	if err != nil {
 		return err
 	}
+	for _, s := range subs {
+		// The engine's cursor for receives without a deployment passes over what it is told to leave to others, and the
+		// others then never see it. Until it keeps the two apart, a group has one kind of subscription or the other.
+		if s.ID != next.ID && s.Group == next.Group && (s.Deployment == "") != (next.Deployment == "") && overlap(s.Topic, next.Topic) {
+			e := errs.New(errs.Unsupported, "group %q has subscriptions with and without a deployment for one topic", next.Group)
+			e.Hint = "name a deployment in all of them, or in none"
+			return e
+		}
+	}
 	var before []*Subscription
 	after := []*Subscription{next}
 	for _, s := range subs {
@@ -95,6 +104,21 @@ func (d *Dispatcher) prepare(ctx context.Context, next, old *Subscription) error
 		}
 	}
 	return nil
+}
+
+// overlap reports whether some topic fits both patterns.
+func overlap(a, b string) bool {
+	prefixA, wildA := strings.CutSuffix(a, "*")
+	prefixB, wildB := strings.CutSuffix(b, "*")
+	switch {
+	case wildA && wildB:
+		return strings.HasPrefix(prefixA, prefixB) || strings.HasPrefix(prefixB, prefixA)
+	case wildA:
+		return strings.HasPrefix(b, prefixA)
+	case wildB:
+		return strings.HasPrefix(a, prefixB)
+	}
+	return a == b
 }
 
 // planFor makes a plan for certain topics alone.

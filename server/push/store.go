@@ -3,7 +3,6 @@ package push
 import (
 	"context"
 	"encoding/json"
-	"slices"
 	"time"
 
 	"tercet.dev/tercet/engine"
@@ -141,12 +140,11 @@ func (g *groupSettings) ensure(ctx context.Context, b proposer, topic, group str
 		want.MaxConcurrency = int(g.maxConcurrency)
 	}
 	want.InitialDelay = time.Duration(g.initialDelay) * time.Second
-	want.ExcludeDeployments = g.exclude
 	if changed || !exists {
 		want.StartDelay = want.InitialDelay
 	}
 	if exists && want.StartDelay == 0 && want.MaxDeliveries == have.MaxDeliveries && want.MaxConcurrency == have.MaxConcurrency &&
-		want.InitialDelay == have.InitialDelay && slices.Equal(want.ExcludeDeployments, have.ExcludeDeployments) {
+		want.InitialDelay == have.InitialDelay {
 		return nil
 	}
 	_, err = apply(ctx, b, &engine.GroupSet{Topic: topic, Group: group, Create: true, Start: engine.Start{Kind: engine.StartBeginning}, Settings: &want})

@@ -17,8 +17,8 @@ type Subscription struct {
 	Topic         string `json:"topic"`
 	ConsumerGroup string `json:"consumerGroup"`
 	URL           string `json:"url"`
-	// DeploymentID restricts the subscription to one deployment's messages. One without gets all that no other
-	// subscription of the same group claims.
+	// DeploymentID restricts the subscription to one deployment's messages. A group has subscriptions with a
+	// deployment or without, not both for one topic.
 	DeploymentID string `json:"deploymentId,omitempty"`
 	// Type is queue/v2beta (default) or queue/v1beta.
 	Type string `json:"type,omitempty"`
