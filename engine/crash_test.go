@@ -10,6 +10,8 @@ import (
 	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
+
+	"tercet.dev/tercet/internal/limits"
 )
 
 // workload is a log with what a node that never crashed made of it.
@@ -47,11 +49,23 @@ func makeWorkload(t testing.TB, seed uint64, n int) *workload {
 				for i := range body {
 					body[i] = byte(rng.Uint32())
 				}
-				p.Messages = append(p.Messages, NewMessage{Body: body, ContentType: "x/y", Retention: []time.Duration{0, 60, 60, 60, 120, 3600}[rng.IntN(6)] * time.Second})
+				m := NewMessage{Body: body, ContentType: "x/y", Retention: []time.Duration{0, 60, 60, 60, 120, 3600}[rng.IntN(6)] * time.Second}
+				switch rng.IntN(8) {
+				case 0:
+					m.Delay = time.Duration(1+rng.IntN(40)) * time.Second
+				case 1:
+					m.Key = fmt.Sprint("k", rng.IntN(6))
+				case 2:
+					m.Deployment = []string{"x", "y"}[rng.IntN(2)]
+				case 3:
+					m.Delay, m.Key, m.Deployment = time.Duration(1+rng.IntN(10))*time.Second, fmt.Sprint("k", rng.IntN(6)), "x"
+				}
+				p.Messages = append(p.Messages, m)
 			}
 			return p
 		case 3, 4, 5:
-			return &Receive{Topic: topic, Group: group, Max: 1 + rng.IntN(10), Visibility: time.Duration(1+rng.IntN(40)) * time.Second, Park: rng.IntN(4) == 0, MaxConcurrency: rng.IntN(3) * 8}
+			return &Receive{Topic: topic, Group: group, Max: 1 + rng.IntN(10), Visibility: time.Duration(1+rng.IntN(40)) * time.Second, Park: rng.IntN(4) == 0, MaxConcurrency: rng.IntN(3) * 8,
+				Deployment: []string{"", "", "", "x", "y"}[rng.IntN(5)]}
 		case 6:
 			c := &ReceiveID{Topic: topic, Group: group, Visibility: 10 * time.Second}
 			if len(ids) > 0 && rng.IntN(2) == 0 {
@@ -76,6 +90,7 @@ func makeWorkload(t testing.TB, seed uint64, n int) *workload {
 		}
 		return c
 	}
+	queue := queueCommands{rng: rng}
 	for len(w.entries) < n {
 		switch rng.IntN(6) {
 		case 0:
@@ -111,6 +126,9 @@ func makeWorkload(t testing.TB, seed uint64, n int) *workload {
 					continue
 				}
 				c := command()
+				if rng.IntN(7) == 0 {
+					c = queue.draw(ids)
+				}
 				raw := c.AppendTo(nil)
 				cmds = append(cmds, c)
 				if intake != 0 && rng.IntN(2) == 0 {
@@ -133,6 +151,9 @@ func makeWorkload(t testing.TB, seed uint64, n int) *workload {
 			}
 			if res[i].Intake != 0 {
 				intake, number, lowest, heard, sent = res[i].Intake, 1, 1, l.now.Cluster, nil
+			}
+			if res[i].Upload != 0 {
+				queue.began(res[i].Upload)
 			}
 			for _, d := range res[i].Deliveries {
 				receipts = append(receipts, d.Receipt)
@@ -259,6 +280,9 @@ func storeMutableNow(e *Engine) error {
 	batch := e.db.NewBatch()
 	defer func() { _ = batch.Close() }()
 	for _, g := range e.groups {
+		if g == nil {
+			continue
+		}
 		e.put(batch, g.appendRow(nil), rowGroup, g.topic.inc, g.inc)
 	}
 	return batch.Commit(pebble.NoSync)
@@ -469,4 +493,69 @@ func TestMetamorphic(t *testing.T) {
 			}
 		}
 	}
+}
+
+// queueCommands draws the commands of the queue's management.
+type queueCommands struct {
+	rng     *rand.Rand
+	uploads []testUpload
+}
+
+type testUpload struct {
+	id   uint64
+	body []byte
+	sent int
+}
+
+func (q *queueCommands) began(id uint64) {
+	q.uploads = append(q.uploads, testUpload{id: id, body: largeBody(1+q.rng.IntN(2*limits.PartBytes), byte(id))})
+}
+
+func (q *queueCommands) draw(ids []MessageID) Command {
+	rng := q.rng
+	topic, group := []string{"a", "b", "c"}[rng.IntN(3)], []string{"g", "h"}[rng.IntN(2)]
+	id := MessageID{Index: 1, Kind: KindDelayed}
+	if len(ids) > 0 {
+		id = ids[len(ids)-1-rng.IntN(min(len(ids), 30))]
+	}
+	switch rng.IntN(14) {
+	case 0, 1:
+		s := &GroupSettings{Paused: rng.IntN(8) == 0, MaxDeliveries: uint32(rng.IntN(3)), Park: rng.IntN(3) > 0, MaxConcurrency: rng.IntN(2) * 9,
+			ParkedRetention: time.Duration(rng.IntN(2)*5) * time.Minute, InitialDelay: time.Duration(rng.IntN(2)*3) * time.Second}
+		if rng.IntN(3) == 0 {
+			s.ExcludeDeployments = []string{"x"}
+		}
+		return &GroupSet{Topic: topic, Group: group, Create: true, Settings: s}
+	case 2:
+		return &GroupSet{Topic: topic, Group: group, Create: true, Seek: rng.IntN(2) == 0, Start: Start{Kind: StartKind(rng.IntN(3)), Time: testStart.Wall + rng.Int64N(300_000)}}
+	case 3:
+		if rng.IntN(4) > 0 {
+			return &GroupDelete{Topic: topic, Group: group}
+		}
+		return &TopicDelete{Topic: topic}
+	case 4:
+		return &Purge{Topic: topic}
+	case 5:
+		return &TopicSet{Topic: topic, Settings: &TopicSettings{Paused: rng.IntN(8) == 0, RetentionMax: time.Duration(rng.IntN(2)*100) * time.Second}}
+	case 6, 7:
+		return &Parked{Topic: topic, Group: group, Op: ParkedOp(1 + rng.IntN(2)), Max: 1 + rng.IntN(5)}
+	case 8, 9:
+		return &Delayed{Topic: topic, ID: id, Cancel: rng.IntN(2) == 0, Delay: time.Duration(rng.IntN(20)) * time.Second}
+	case 10:
+		return &Document{Table: "d", Key: fmt.Sprint(rng.IntN(4)), Value: []byte{byte(rng.Uint32())}}
+	case 11:
+		return &UploadOpen{Topic: topic, Key: []string{"", "k1"}[rng.IntN(2)]}
+	}
+	if len(q.uploads) == 0 {
+		return &Document{Table: "d", Key: fmt.Sprint(rng.IntN(4)), Delete: true}
+	}
+	u := &q.uploads[rng.IntN(len(q.uploads))]
+	list := parts(u.body)
+	if u.sent == len(list) {
+		c := commitOf(u.id, u.body, NewMessage{Retention: 100 * time.Second, Key: []string{"", "k1"}[rng.IntN(2)], Deployment: "x"})
+		u.sent = 0 // what follows finds it gone
+		return c
+	}
+	u.sent++
+	return &UploadPart{Upload: u.id, Number: uint32(u.sent - 1), Data: list[u.sent-1]}
 }

@@ -194,7 +194,7 @@ func (e *Engine) loadKeys() error {
 	return err
 }
 
-// keyFilter is a Bloom filter in blocks of a cache line, 10 bits a key, in layers each twice as large as the
+// keyFilter is a Bloom filter in blocks of a cache line, 13 bits a key, in layers each twice as large as the
 // one before: the number of keys is not known when it begins.
 type keyFilter struct {
 	layers [][][8]uint64
@@ -203,7 +203,7 @@ type keyFilter struct {
 }
 
 const (
-	filterBlockKeys = 51  // 512 bits, 10 a key
+	filterBlockKeys = 39  // 512 bits, 13 a key
 	filterFirst     = 256 // blocks of the smallest layer: 16 KiB
 )
 
