@@ -165,6 +165,25 @@ func TestWatch(t *testing.T) {
 	c.want("EXEC", "*4|+OK|+PONG|-WRONGTYPE Operation against a key holding the wrong kind of value|$1|3")
 }
 
+// TestIdempotentAdd: a repetition answers the first entry's ID and adds nothing.
+func TestIdempotentAdd(t *testing.T) {
+	_, addr := nodeServer(t)
+	c := dial(t, addr)
+	first := c.do("XADD", "k", "IDMP", "p", "1", "*", "f", "v")
+	if again := c.do("XADD", "k", "IDMP", "p", "1", "*", "f", "v"); again != first {
+		t.Errorf("%s, then %s", first, again)
+	}
+	if other := c.do("XADD", "k", "IDMP", "p", "2", "*", "f", "v"); other == first {
+		t.Errorf("another id gives %s again", other)
+	}
+	auto := c.do("XADD", "k", "IDMPAUTO", "p", "*", "f", "w")
+	if again := c.do("XADD", "k", "IDMPAUTO", "p", "*", "f", "w"); again != auto {
+		t.Errorf("IDMPAUTO: %s, then %s", auto, again)
+	}
+	c.want("XLEN k", ":3")
+	c.want("XADD k IDMP p 3 5-1 f v", "-ERR IDMP and IDMPAUTO need the ID *")
+}
+
 // TestClientCaching: a read under tracking is invalidated right after its reply.
 func TestClientCaching(t *testing.T) {
 	_, addr := nodeServer(t)
