@@ -373,3 +373,44 @@ func TestBrowseFilters(t *testing.T) {
 		expect(t, call(t, "GET", base+"/v1/topics/orders/messages?"+query, nil), 400, "bad_request")
 	}
 }
+
+// TestDelayed finds, moves and cancels messages that are not visible yet.
+func TestDelayed(t *testing.T) {
+	_, base := start(t, Options{Backend: newNode(t), VirtualClock: true})
+	m := manager{t, base}
+	ids := map[string]string{}
+	for i, b := range []string{"a", "b", "c"} {
+		ids[b] = sendMessage(t, base, "orders", []byte(b), wire.HeaderDelay, fmt.Sprint(60*(i+1)))
+	}
+	r := call(t, "POST", base+"/api/v3/topic/orders/consumer/g/id/"+ids["a"], nil, "Accept", wire.MediaMultipart)
+	expect(t, r, 409, "not_yet_visible")
+	if after, ok := decimal(r.header.Get("Retry-After")); !ok || after < 50 || after > 60 {
+		t.Errorf("Retry-After: %s", r.header.Get("Retry-After"))
+	}
+	var page wire.Messages
+	m.do(200, "GET", "/v1/topics/orders/messages?state=delayed", "", &page)
+	if len(page.Messages) != 3 || page.Messages[0].MessageID != ids["a"] || string(page.Messages[2].Body) != "c" {
+		t.Fatalf("delayed: %+v", page)
+	}
+	var s wire.Story
+	m.do(200, "GET", "/v1/topics/orders/messages/"+ids["c"], "", &s)
+	if s.State != "delayed" || s.VisibleAt <= s.PublishedAt {
+		t.Errorf("story %+v", s)
+	}
+	m.do(204, "PATCH", "/v1/topics/orders/messages/"+ids["c"], `{"delaySeconds":30}`, nil)
+	m.do(204, "DELETE", "/v1/topics/orders/messages/"+ids["b"], "", nil)
+	for _, body := range []string{`{}`, `{"delaySeconds":-1}`, `{"delaySeconds":604801}`, `{"delaySeconds":1.5}`, `{"at":1}`} {
+		expect(t, call(t, "PATCH", base+"/v1/topics/orders/messages/"+ids["a"], []byte(body)), 400, "invalid_body")
+	}
+	m.advance(30 * time.Second)
+	waitFor(t, func() bool { return bodiesOf(t, base, "orders", "g") == "c" })
+	m.advance(30 * time.Second)
+	waitFor(t, func() bool { return bodiesOf(t, base, "orders", "g") == "a" })
+	m.advance(time.Hour)
+	if got := bodiesOf(t, base, "orders", "h"); got != "c a" {
+		t.Errorf("a group that comes later is given %q, want c and a: b was cancelled", got)
+	}
+	for _, method := range []string{"PATCH", "DELETE"} {
+		expect(t, call(t, method, base+"/v1/topics/orders/messages/"+ids["a"], []byte(`{"delaySeconds":1}`)), 409, "conflict")
+	}
+}
