@@ -501,11 +501,6 @@ func (g *group) takeOver(off uint64, l *lease, now, visibility int64) {
 	g.pushPending(timer{l.deadline, off})
 }
 
-// grantNew leases a message for the first time.
-func (g *group) grantNew(off uint64, stream StreamID, expiry, now, visibility int64) *lease {
-	return g.grantOf(off, 0, stream, expiry, now, visibility)
-}
-
 // grantOf leases a message of a deployment for the first time.
 func (g *group) grantOf(off, dep uint64, stream StreamID, expiry, now, visibility int64) *lease {
 	l := g.insert(off)
