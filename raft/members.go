@@ -203,7 +203,11 @@ func (n *Node) admin(ctx context.Context, a adminRequest) error {
 				return jerr
 			}
 			var raw []byte
-			raw, err = n.callLeader(ctx, leader, kindAdmin, body)
+			var conn *peer.Conn
+			if conn, err = n.toLeader(leader); err == nil {
+				// Not only while it leads: what is wished for may be that it does not.
+				raw, err = conn.Call(ctx, kindAdmin, 0, body)
+			}
 			if err == nil {
 				var r adminReply
 				if err = json.Unmarshal(raw, &r); err == nil {

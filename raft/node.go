@@ -310,7 +310,7 @@ func (n *Node) start(ctx context.Context) error {
 		return err
 	}
 	n.mesh = peer.New(peer.Options{ID: peerID(n.id), Zone: cfg.Zone, Cluster: n.dir.id.Cluster, Listener: listener,
-		Dial: cfg.test.dial, Logger: n.log, Observe: n.observe, Take: n.take, Forward: n.forward, Introduce: n.introduce})
+		TLS: cfg.PeerTLS, Admit: admitPeer, Dial: cfg.test.dial, Logger: n.log, Observe: n.observe, Take: n.take, Forward: n.forward, Introduce: n.introduce})
 	if err := n.openStorage(); err != nil {
 		return err
 	}

@@ -128,22 +128,34 @@ func (n *Node) Query(ctx context.Context, q engine.Query) (engine.Answer, error)
 	}
 }
 
-// callLeader asks the leader, as long as it is the one. It does not wait for a connection: a leader that cannot be
-// reached is soon another one.
-func (n *Node) callLeader(ctx context.Context, leader engine.NodeID, kind peer.Kind, body []byte) ([]byte, error) {
-	reign := *n.reign.Load()
+// toLeader returns the connection to the leader. It does not wait for one: a leader that cannot be reached is soon
+// another one.
+func (n *Node) toLeader(leader engine.NodeID) (*peer.Conn, error) {
 	link, err := n.mesh.Link(peerID(leader), peer.Forward)
 	if err != nil {
 		return nil, err
 	}
 	conn := link.Current()
-	if conn == nil || n.leaderNow() != leader {
+	if conn == nil {
 		return nil, &peer.ConnError{Peer: peerID(leader), Cause: errs.Of(errs.NoLeader)}
+	}
+	return conn, nil
+}
+
+// askLeader passes a read on, for as long as the leader is the one.
+func (n *Node) askLeader(ctx context.Context, leader engine.NodeID, body []byte) ([]byte, error) {
+	reign := *n.reign.Load()
+	conn, err := n.toLeader(leader)
+	if err != nil {
+		return nil, err
+	}
+	if n.leaderNow() != leader {
+		return nil, errs.Of(errs.NotLeader) // reign may be the next one's
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(reign, cancel)()
-	return conn.Call(ctx, kind, 0, body)
+	return conn.Call(ctx, kindQuery, 0, body)
 }
 
 // StaleQuery reads what this node has applied, which may be behind what was acknowledged.
@@ -193,7 +205,7 @@ func (n *Node) tryQuery(ctx context.Context, q *engine.Query) (engine.Answer, er
 	case n.id:
 		return n.readLocal(ctx, q)
 	}
-	reply, err := n.callLeader(ctx, leader, kindQuery, engine.AppendQuery(nil, q))
+	reply, err := n.askLeader(ctx, leader, engine.AppendQuery(nil, q))
 	if err != nil {
 		return engine.Answer{}, errs.Of(errs.NotLeader).With(err)
 	}

@@ -1,6 +1,7 @@
 package raft
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -71,6 +72,9 @@ type Config struct {
 	PeerAddr string
 	// PeerListeners are used instead of listening on PeerAddr. The node closes them.
 	PeerListeners []net.Listener
+	// PeerTLS, when not nil, secures the connections between nodes in both directions: see the function PeerTLS. All nodes
+	// have it or none.
+	PeerTLS *tls.Config
 	// HTTPAddr and ValkeyAddr are told to the other nodes, for Status; the node does not listen on them.
 	HTTPAddr, ValkeyAddr string
 

@@ -39,6 +39,7 @@ const pushPatience = time.Second
 type serverOptions struct {
 	nodeID, zone, data string
 	http, peer         string
+	peerTLS            raft.PeerFiles
 	valkey             valkeyOptions
 	peers, join        []string
 	publicHosts        []string
@@ -65,6 +66,9 @@ func (o *serverOptions) register(f *pflag.FlagSet) {
 	f.StringVar(&o.data, "data", "", "data `directory` (required)")
 	f.StringVar(&o.http, "http", defaultHTTP, "HTTP `address`; without a host 127.0.0.1 and ::1")
 	f.StringVar(&o.peer, "peer", defaultPeer, "`address` for the other nodes; without a host 127.0.0.1 and ::1")
+	f.StringVar(&o.peerTLS.Cert, "peer-tls-cert", "", "PEM `file` with this node's certificate for the other nodes, its DNS names holding the node id")
+	f.StringVar(&o.peerTLS.Key, "peer-tls-key", "", "PEM `file` with that certificate's private key")
+	f.StringVar(&o.peerTLS.CA, "peer-tls-ca", "", "PEM `file` of the authorities that sign the nodes' certificates")
 	o.valkey.register(f)
 	f.StringSliceVar(&o.peers, "peers", nil, "founding members as `n1=H:P,n2=H:P,…`, the same on all of them; read while the data directory is empty")
 	f.StringSliceVar(&o.join, "join", nil, "`addresses` of members to ask for admission with an empty data directory, instead of --peers")
@@ -151,6 +155,10 @@ func (o *serverOptions) config() (raft.Config, error) {
 	if n := int64(o.walSegmentSize); n != 0 && (n < 1<<20 || n%4096 != 0) {
 		problem("--wal-segment-size %s: want a multiple of 4096 from 1 MiB up", &o.walSegmentSize)
 	}
+	securePeers := o.peerTLS != raft.PeerFiles{}
+	if securePeers && (o.peerTLS.Cert == "" || o.peerTLS.Key == "" || o.peerTLS.CA == "") {
+		problem("--peer-tls-cert, --peer-tls-key and --peer-tls-ca belong together")
+	}
 	durability, err := raft.ParseDurability(o.durability)
 	if err != nil {
 		problem("--durability: %w", err)
@@ -165,7 +173,7 @@ func (o *serverOptions) config() (raft.Config, error) {
 	for _, f := range []struct {
 		flag, addr    string
 		authenticated bool
-	}{{"--http", o.http, o.security.authenticated()}, {"--peer", o.peer, false}} {
+	}{{"--http", o.http, o.security.authenticated()}, {"--peer", o.peer, securePeers}} {
 		if f.addr == "" {
 			continue
 		}
@@ -329,6 +337,12 @@ func (a *app) server(ctx context.Context, o *serverOptions) error {
 	cfg.PeerListeners, err = listenAs(ctx, "--peer", o.peer)
 	if err != nil {
 		return err
+	}
+	if o.peerTLS != (raft.PeerFiles{}) {
+		if cfg.PeerTLS, err = raft.PeerTLS(o.peerTLS); err != nil {
+			closeAll(cfg.PeerListeners)
+			return codedError{exitPrecondition, fmt.Errorf("--peer-tls-cert: %w", err)}
+		}
 	}
 	limitMemory(log)
 	log.Info("starting", "version", version, "node", cfg.Name, "zone", cfg.Zone, "data", cfg.Dir,
