@@ -687,6 +687,13 @@ func streamModelRun(t *testing.T, seed uint64, steps int) {
 		var wanted []string
 		for range 1 + r.IntN(3) {
 			c := randomStreamCommand(r, m, keys)
+			switch c.(type) {
+			case *KeyDelete, *KeyRename:
+				// What was given earlier in the entry that drops the key cannot be loaded any more: see DESIGN.md.
+				if len(cmds) > 0 {
+					continue
+				}
+			}
 			cmds = append(cmds, c)
 			wanted = append(wanted, m.apply(c))
 		}
