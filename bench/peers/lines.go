@@ -111,6 +111,8 @@ func (s shape) lines() []line {
 		func(_ *line, w *bench.Workload) { consume(w, 4, 1); w.Timed = true })
 	add("rate-500", "500 messages a second, end to end: 4 publishers, 4 consumers", 2, contenders(wayLeader, wayRESP, wayHTTP),
 		func(_ *line, w *bench.Workload) { consume(w, 4, 1); w.Timed, w.Rate, w.Publishers = true, 500, 4 })
+	add("push", "16 publishers over HTTP; messages pushed to a handler and acknowledged by it", 2, []contender{{sysTercet, wayPush}, {sysTercet, wayHTTP}},
+		func(_ *line, w *bench.Workload) { consume(w, 16, 1); w.Timed = true })
 	add("fanout-3", "16 publishers, 3 groups of 2 consumers", 2, contenders(wayLeader, wayRESP, wayHTTP),
 		func(_ *line, w *bench.Workload) { consume(w, 6, 3) })
 	add("mixed", "64 clients, 100 B, 1 KiB and 16 KiB in turn", 1, contenders(wayRESP, wayHTTP),

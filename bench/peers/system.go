@@ -47,6 +47,8 @@ const (
 	wayLeader = "leader"
 	wayHTTP   = "http"
 	wayRESP   = "resp"
+	// wayPush publishes over HTTP and has messages pushed to the consumers.
+	wayPush = "push"
 )
 
 // contender is a system and a way into it.

@@ -67,7 +67,7 @@ func (t tercet) start(ctx context.Context, h *host, dir string) (cluster, error)
 			"--http", loopback(own[1]), "--bench-listen", loopback(own[2]), "--peers", strings.Join(peers, ","),
 		}
 		if t.valkey {
-			args = append(args, "--valkey", loopback(own[3]))
+			args = append(args, "--valkey", loopback(own[3]), "--push-allow", "127.0.0.0/8")
 			c.valkey = append(c.valkey, loopback(own[3]))
 		}
 		p, err := h.start(dir, id, nil, binary, append(args, t.extra...)...)
@@ -172,6 +172,10 @@ func (c *tercetCluster) run(ctx context.Context, w bench.Workload, way string, h
 		return bench.RunRemote(ctx, c.endpoints[i], w, hooks)
 	case wayHTTP:
 		return drive(ctx, w, &bench.HTTPDriver{Addrs: c.http[i : i+1], Workload: w}, hooks)
+	case wayPush:
+		d := &bench.PushDriver{HTTPDriver: bench.HTTPDriver{Addrs: c.http[i : i+1], Workload: w}}
+		res, err := drive(ctx, w, d, hooks)
+		return res, errors.Join(err, d.Close())
 	case wayRESP:
 		return drive(ctx, w, &bench.RESPDriver{Addrs: c.valkey[i : i+1], Workload: w}, hooks)
 	}
