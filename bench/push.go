@@ -115,8 +115,11 @@ func (d *PushDriver) admin(method, path string, body, into any) error {
 	}
 	defer resp.Body.Close()
 	answer, err := io.ReadAll(io.LimitReader(resp.Body, 1<<16))
-	if err != nil || resp.StatusCode/100 != 2 {
-		return fmt.Errorf("%s %s: %s: %.200s (%v)", method, path, resp.Status, answer, err)
+	if err != nil {
+		return err
+	}
+	if resp.StatusCode/100 != 2 {
+		return fmt.Errorf("%s %s: %s: %.200s", method, path, resp.Status, answer)
 	}
 	if into == nil {
 		return nil
