@@ -148,6 +148,9 @@ func (m *refModel) apply(c Command) string {
 	switch c := c.(type) {
 	case *StreamAdd:
 		s := m.get(c.Key)
+		if c.ID == (StreamID{}) && c.By == AddExplicit {
+			return errs.StreamIDZero.String()
+		}
 		if s == nil && c.NoCreate {
 			return errs.TopicNotFound.String()
 		}
@@ -165,9 +168,6 @@ func (m *refModel) apply(c Command) string {
 			if id.Seq = 0; id.Ms == last.Ms {
 				id.Seq = last.Seq + 1
 			}
-		}
-		if id == (StreamID{}) && c.By == AddExplicit {
-			return errs.StreamIDZero.String()
 		}
 		if !last.less(id) {
 			return errs.StreamIDTooLow.String()
