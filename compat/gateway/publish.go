@@ -13,6 +13,7 @@ import (
 
 	"tercet.dev/tercet/engine"
 	"tercet.dev/tercet/internal/errs"
+	"tercet.dev/tercet/internal/limits"
 	"tercet.dev/tercet/raft"
 )
 
@@ -31,6 +32,11 @@ func itoa(n int64) string { return strconv.FormatInt(n, 10) }
 
 // publish stores messages. Without keys and delays each is one XADD; otherwise a script decides.
 func (g *Gateway) publish(ctx context.Context, c *engine.Publish, require raft.Require) (raft.Reply, error) {
+	for i := range c.Messages {
+		if c.Messages[i].RetentionDefault { // there are no settings of topics here
+			c.Messages[i].Retention = limits.RetentionDefault
+		}
+	}
 	special := slices.ContainsFunc(c.Messages, func(m engine.NewMessage) bool { return m.Key != "" || m.Delay > 0 })
 	for i := range c.Messages {
 		for _, h := range c.Messages[i].Headers {
