@@ -107,6 +107,10 @@ func changeGroupSettings(s engine.GroupSettings, body []byte) (engine.GroupSetti
 			return s, errs.New(errs.InvalidBody, "a deployment has 1 to %d characters out of A-Z a-z 0-9 _ -", limits.NameBytesMax)
 		}
 	}
+	if len(w.ExcludeDeployments) > 0 {
+		// The position that all messages pass would leave the excluded ones behind it for good.
+		return s, errs.New(errs.Unsupported, "excludeDeployments is not supported by this release: name a deployment in each receive, or in the group's settings")
+	}
 	out := s
 	out.Paused, out.MaxDeliveries, out.Park, out.MaxConcurrency = w.Paused, w.MaxDeliveries, w.Park, w.MaxConcurrency
 	out.ParkedRetention, out.RetryAfter = time.Duration(w.ParkedRetentionSeconds)*time.Second, time.Duration(w.RetryAfterSeconds)*time.Second

@@ -167,9 +167,10 @@ func TestManageGroups(t *testing.T) {
 		t.Errorf("group %+v", g)
 	}
 	var group wire.Group
-	m.do(200, "PATCH", path("begin"), `{"maxDeliveries":3,"park":true,"excludeDeployments":["d1"]}`, &group)
+	m.do(501, "PATCH", path("begin"), `{"excludeDeployments":["d1"]}`, nil)
+	m.do(200, "PATCH", path("begin"), `{"maxDeliveries":3,"park":true}`, &group)
 	m.do(200, "PATCH", path("begin"), `{"parkedRetentionSeconds":60}`, &group)
-	if s := group.Settings; s.MaxDeliveries != 3 || !s.Park || s.ParkedRetentionSeconds != 60 || len(s.ExcludeDeployments) != 1 {
+	if s := group.Settings; s.MaxDeliveries != 3 || !s.Park || s.ParkedRetentionSeconds != 60 {
 		t.Errorf("settings %+v", s)
 	}
 	for _, body := range []string{`{"maxDeliveries":-1}`, `{"maxConcurrency":-1}`, `{"initialDelaySeconds":604801}`, `{"deploymentId":"a b"}`, `{"parkedRetentionSeconds":1e9}`, `{"x":1}`} {

@@ -74,11 +74,6 @@ func (s *settingFlags) text(flag, name, usage string) {
 	s.add(flag, name, func() any { return *v })
 }
 
-func (s *settingFlags) texts(flag, name, usage string) {
-	v := s.flags.StringSlice(flag, nil, usage)
-	s.add(flag, name, func() any { return *v })
-}
-
 // given returns the settings whose flags were given.
 func (s *settingFlags) given() (client.Settings, error) {
 	out := client.Settings{}
@@ -114,7 +109,6 @@ func (s *settingFlags) group(f *pflag.FlagSet) {
 	s.seconds("initial-delay", "initialDelaySeconds", "keep each message from the group until it is that old")
 	s.number("max-concurrency", "maxConcurrency", "most `messages` under lease at a time (0: any number)")
 	s.text("deployment", "deploymentId", "`deployment` of receives that name none")
-	s.texts("exclude-deployment", "excludeDeployments", "`deployments` that receives without one do not see")
 }
 
 func printTopics(w io.Writer, list []wire.Topic) error {
