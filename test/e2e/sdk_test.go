@@ -68,7 +68,7 @@ var (
 // many.
 func runNode(t *testing.T, file string, least int, env ...string) {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), "node", "--test", "--test-reporter=tap", file)
+	cmd := exec.CommandContext(t.Context(), "node", "--test", "--test-timeout=180000", "--test-reporter=tap", file)
 	cmd.Dir = "sdk"
 	cmd.Env = append(harness.Environment(), append(env, "NODE_ENV=production")...)
 	var out bytes.Buffer
