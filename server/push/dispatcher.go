@@ -87,6 +87,8 @@ type Dispatcher struct {
 	stop   context.CancelFunc
 	loop   sync.WaitGroup
 	pushes sync.WaitGroup
+	// underway counts them, for those who may not wait while others add.
+	underway atomic.Int64
 	// stopped is set once no push may begin any more; guarded by mu.
 	stopped bool
 
@@ -343,6 +345,7 @@ func (d *Dispatcher) begin() bool {
 		return false
 	}
 	d.pushes.Add(1)
+	d.underway.Add(1)
 	return true
 }
 

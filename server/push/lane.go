@@ -160,6 +160,7 @@ func (l *lane) start(delivery engine.Delivery, bare, probe bool) {
 	p := &push{d: l.d, feed: l.feed, topic: l.topic, delivery: delivery, bare: bare, probe: probe, ticket: l.feed.ep.enter(probe)}
 	go func() {
 		defer l.d.pushes.Done()
+		defer l.d.underway.Add(-1)
 		p.run()
 	}()
 }

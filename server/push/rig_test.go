@@ -3,7 +3,6 @@ package push
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -297,11 +296,10 @@ func n64(v int64) *int64 { return &v }
 // settled waits until no push of the dispatcher is under way: what it had to say is said.
 func (r *rig) settled() {
 	r.t.Helper()
-	done := make(chan struct{})
-	go func() { r.d.pushes.Wait(); close(done) }()
-	select {
-	case <-done:
-	case <-time.After(patience):
-		r.t.Fatal(errors.New("pushes do not end"))
-	}
+	until(r.t, "pushes to end", func() error {
+		if n := r.d.underway.Load(); n > 0 {
+			return fmt.Errorf("%d are under way", n)
+		}
+		return nil
+	})
 }

@@ -247,6 +247,14 @@ nodes.forEach((node, index) => {
       assert.deepEqual(got.map((m) => m.metadata.deliveryCount), [1]);
     });
 
+    test("a message that travels in parts", async () => {
+      const bytes = Buffer.alloc((3 << 20) + 7, "parts of it");
+      await binary(node).send(topic("large"), bytes);
+      const got = await collect(binary(other), topic("large"), "g");
+      assert.equal(got.length, 1);
+      assert.ok(Buffer.from(got[0].payload).equals(bytes));
+    });
+
     test("errors have the client's own types", async () => {
       const queue = client(node);
       await assert.rejects(queue.send("not a name", 1), BadRequestError);
@@ -257,11 +265,6 @@ nodes.forEach((node, index) => {
       await assert.rejects(queue.receive(topic("e"), "not a name", assert.fail), BadRequestError);
       await assert.rejects(queue.receive(topic("e"), "g", assert.fail, { limit: 11 }), InvalidLimitError);
       await assert.rejects(queue.receive(topic("e"), "g", assert.fail, { visibilityTimeoutSeconds: 3601 }), BadRequestError);
-      await assert.rejects(binary(node).send(topic("e"), Buffer.alloc((1 << 20) + 1)), (e) => {
-        // 413 has no type of its own in the client, and is none of those that mean something else.
-        assert.equal(e.constructor, Error, `${e.constructor.name}: ${e.message}`);
-        return true;
-      });
       // Nothing of all this was stored.
       assert.deepEqual(await queue.receive(topic("e"), "g", assert.fail), { ok: false, reason: "empty" });
     });
