@@ -87,8 +87,8 @@ type Dispatcher struct {
 	stop   context.CancelFunc
 	loop   sync.WaitGroup
 	pushes sync.WaitGroup
-	// underway counts them, for those who may not wait while others add.
-	underway atomic.Int64
+	// underway counts them for those who may not wait while others add, rests how often there were none any more.
+	underway, rests atomic.Int64
 	// stopped is set once no push may begin any more; guarded by mu.
 	stopped bool
 

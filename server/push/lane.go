@@ -160,8 +160,10 @@ func (l *lane) start(delivery engine.Delivery, bare, probe bool) {
 	p := &push{d: l.d, feed: l.feed, topic: l.topic, delivery: delivery, bare: bare, probe: probe, ticket: l.feed.ep.enter(probe)}
 	go func() {
 		defer l.d.pushes.Done()
-		defer l.d.underway.Add(-1)
 		p.run()
+		if l.d.underway.Add(-1) == 0 {
+			l.d.rests.Add(1)
+		}
 	}()
 }
 

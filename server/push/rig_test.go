@@ -296,8 +296,9 @@ func n64(v int64) *int64 { return &v }
 // settled waits until no push of the dispatcher is under way: what it had to say is said.
 func (r *rig) settled() {
 	r.t.Helper()
+	rests := r.d.rests.Load() // the next push may begin in the moment in which the last one ends
 	until(r.t, "pushes to end", func() error {
-		if n := r.d.underway.Load(); n > 0 {
+		if n := r.d.underway.Load(); n > 0 && r.d.rests.Load() == rests {
 			return fmt.Errorf("%d are under way", n)
 		}
 		return nil
