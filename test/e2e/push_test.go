@@ -503,6 +503,13 @@ func TestPushFailover(t *testing.T) {
 		after = append(after, publish(t, via, "orders", fmt.Appendf(nil, "after %d", i)).ID)
 	}
 	wait("the messages after the leader was killed", after, 1)
+	// Pushed is not acknowledged: the clock must not pass the end of their leases before they are.
+	harness.Until(t, 20*time.Second, "their acknowledgements", func() error {
+		if g := figures(t, via, "orders", "g"); g.Acknowledged != 2*each {
+			return fmt.Errorf("%+v", g)
+		}
+		return nil
+	})
 	app.mu.Lock()
 	first := time.Time{}
 	for _, id := range after {

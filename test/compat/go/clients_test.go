@@ -101,11 +101,8 @@ func (k valkeyClient) transaction(ctx context.Context, cmds [][]string) (out []s
 	err = k.c.Dedicated(func(d valkey.DedicatedClient) error {
 		list := valkey.Commands{d.B().Multi().Build()}
 		for _, c := range cmds {
-			b := d.B().Arbitrary(c[0])
-			for _, a := range c[1:] {
-				b = b.Args(a)
-			}
-			list = append(list, b.Build())
+			// The key tells a cluster client which node the transaction is for.
+			list = append(list, d.B().Arbitrary(c[0]).Keys(c[1]).Args(c[2:]...).Build())
 		}
 		list = append(list, d.B().Exec().Build())
 		results := d.DoMulti(ctx, list...)
