@@ -290,8 +290,17 @@ func TestRotation(t *testing.T) {
 	if err != nil || rotated.Secret == "" || rotated.Secret == s.Secret {
 		t.Fatal(rotated, err)
 	}
-	r.publish("orders", "two")
-	verify(app.next(), rotated.Secret, s.Secret)
+	until(t, "pushes with both secrets", func() error {
+		r.publish("orders", "two")
+		p := app.next()
+		if n := strings.Count(p.Header.Get("webhook-signature"), "v1,"); n != 2 {
+			r.ack(p)
+			p.reply(200)
+			return fmt.Errorf("%d signatures", n)
+		}
+		verify(p, rotated.Secret, s.Secret)
+		return nil
+	})
 	// Applying the subscription again, without a secret, changes none.
 	again := r.create(wire.Subscription{Topic: "orders", ConsumerGroup: "g", URL: app.URL})
 	if again.Secret != "" || again.Change != "unchanged" {
@@ -301,8 +310,18 @@ func TestRotation(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.publish("orders", "three")
-	verify(app.next(), last.Secret)
+	// The node that pushes learns of it a moment later.
+	until(t, "pushes without the old secrets", func() error {
+		r.publish("orders", "three")
+		p := app.next()
+		if n := strings.Count(p.Header.Get("webhook-signature"), "v1,"); n != 1 {
+			r.ack(p)
+			p.reply(200)
+			return fmt.Errorf("%d signatures", n)
+		}
+		verify(p, last.Secret)
+		return nil
+	})
 	if _, err := r.RotateSecret(t.Context(), s.ID, wire.RotateSecret{Secret: "whsec_short"}); err == nil {
 		t.Error("a short secret was accepted")
 	}
