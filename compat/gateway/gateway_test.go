@@ -309,6 +309,9 @@ func TestQueue(t *testing.T) {
 		r.Do("XADD", "gone", entry, "body", "x", "content-type", "text/plain", "tercet-expires", "1000")
 		a.send("gone", "y")
 		a.one("gone", "g", "y")
+		if got := strings.Fields(r.Do("XPENDING", "gone", "g")); got[0] != "1" {
+			t.Errorf("%s entries are pending, want the living one alone", got[0])
+		}
 		a.status(404, a.byID("gone", "g", id))
 		if err := a.g.sweepTopic(t.Context(), "gone"); err != nil {
 			t.Fatal(err)

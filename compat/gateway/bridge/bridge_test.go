@@ -1,14 +1,18 @@
 package bridge
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -277,4 +281,91 @@ func TestTwoBridges(t *testing.T) {
 		t.Fatal(err)
 	}
 	equal(t, last, 20_000)
+}
+
+// cutting stands before a server and breaks a connection after every third EXEC, when the server has carried it out and
+// before its answer is passed on.
+type cutting struct {
+	l      net.Listener
+	behind string
+	execs  atomic.Int64
+	cuts   atomic.Int64
+	group  sync.WaitGroup
+}
+
+func (c *cutting) serve(front net.Conn) {
+	defer front.Close()
+	back, err := net.Dial("tcp", c.behind)
+	if err != nil {
+		return
+	}
+	defer back.Close()
+	var cut atomic.Bool
+	c.group.Go(func() {
+		defer front.Close()
+		buf := make([]byte, 64<<10)
+		for {
+			n, err := back.Read(buf)
+			if err != nil || cut.Load() && bytes.Contains(buf[:n], []byte("*")) {
+				return
+			}
+			if _, err := front.Write(buf[:n]); err != nil {
+				return
+			}
+		}
+	})
+	buf := make([]byte, 64<<10)
+	for {
+		n, err := front.Read(buf)
+		if err != nil {
+			return
+		}
+		if bytes.HasSuffix(buf[:n], []byte("EXEC\r\n")) && c.execs.Add(1)%3 == 0 {
+			cut.Store(true)
+			c.cuts.Add(1)
+		}
+		if _, err := back.Write(buf[:n]); err != nil {
+			return
+		}
+	}
+}
+
+// TestLostAnswers loses the answers of transactions that happened: the record tells, and nothing is copied twice.
+func TestLostAnswers(t *testing.T) {
+	from, to := redistest.Start(t), redistest.Start(t)
+	fill(t, from.Client(), "orders", 0, 3000)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &cutting{l: l, behind: to.Addr()}
+	c.group.Go(func() {
+		for {
+			front, err := l.Accept()
+			if err != nil {
+				return
+			}
+			c.group.Go(func() { c.serve(front) })
+		}
+	})
+	b, err := Open(t.Context(), Options{
+		From: target(from), To: gateway.Target{Addr: l.Addr().String(), Mode: gateway.Single}, Stream: "orders", BatchEntries: 300,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = b.Run(t.Context(), false)
+	if err == nil {
+		equal(t, b, 3000)
+	}
+	if b.copied != 3000 {
+		t.Errorf("%d entries are recorded", b.copied)
+	}
+	b.Close()
+	l.Close()
+	c.group.Wait()
+	if err != nil || c.cuts.Load() == 0 {
+		t.Fatalf("%v; %d answers were lost", err, c.cuts.Load())
+	}
+	t.Logf("%d of %d answers were lost", c.cuts.Load(), c.execs.Load())
 }
