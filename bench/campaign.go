@@ -20,7 +20,7 @@ import (
 
 // Fill publishes w.Messages messages through the leader's endpoint.
 func Fill(ctx context.Context, s *Subject, w Workload, progress func(published, acknowledged int64)) (*Result, error) {
-	cluster, err := s.cluster(ctx)
+	cluster, err := s.waitLeader(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -215,7 +215,7 @@ func Drained(ctx context.Context, s *Subject, w Workload, progress func(publishe
 		return nil, err
 	}
 	r.FillPerSecond, r.DrainPerSecond = filled.MessagesPerSecond(), perSecond(drained.Acknowledged, drained.Elapsed)
-	cluster, err := s.cluster(ctx)
+	cluster, err := s.waitLeader(ctx)
 	if err != nil {
 		return nil, err
 	}

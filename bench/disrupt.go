@@ -110,7 +110,7 @@ func Disrupt(ctx context.Context, s *Subject, w Workload, d Disruption) (*Disrup
 	if s.Pids == nil {
 		return nil, errors.New("the bench disrupts only servers that it started")
 	}
-	cluster, err := s.cluster(ctx)
+	cluster, err := s.waitLeader(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -166,7 +166,7 @@ func Disrupt(ctx context.Context, s *Subject, w Workload, d Disruption) (*Disrup
 	r.InSyncAgain = time.Since(ended)
 	if err != nil {
 		r.InSyncAgain = -1
-		if after, err = s.cluster(ctx); err != nil {
+		if after, err = s.waitLeader(ctx); err != nil {
 			return r, err
 		}
 	}

@@ -60,7 +60,7 @@ func Measure(ctx context.Context, s *Subject, p Plan) (*Report, error) {
 	if err := s.identify(ctx); err != nil {
 		return nil, err
 	}
-	cluster, err := s.cluster(ctx)
+	cluster, err := s.waitLeader(ctx)
 	if err != nil {
 		return nil, err
 	}

@@ -121,6 +121,25 @@ func (s *Subject) cluster(ctx context.Context) (wire.Cluster, error) {
 	return other, nil
 }
 
+// leaderPatience bounds the wait for a leader: an election, or a server that has just been started.
+const leaderPatience = 30 * time.Second
+
+// waitLeader is cluster with patience.
+func (s *Subject) waitLeader(ctx context.Context) (wire.Cluster, error) {
+	ctx, cancel := context.WithTimeout(ctx, leaderPatience)
+	defer cancel()
+	for {
+		c, err := s.cluster(ctx)
+		if err == nil {
+			return c, nil
+		}
+		pause(ctx, 50*time.Millisecond)
+		if ctx.Err() != nil {
+			return c, err
+		}
+	}
+}
+
 // inSyncPatience bounds the wait for all zones: a restarted server has to catch up, and be stable for a while.
 const inSyncPatience = 2 * time.Minute
 

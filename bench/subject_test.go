@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"context"
 	"encoding/json"
 	"net/http"
 	"net/http/httptest"
@@ -42,5 +43,33 @@ func TestClusterAsksTheLeader(t *testing.T) {
 	s.Nodes = append(s.Nodes, SubjectNode{ID: "n2", HTTP: serveDocument(t, wire.Cluster{Leader: "n1"})})
 	if c, err = s.cluster(t.Context()); err == nil {
 		t.Errorf("each of two servers takes the other for the leader: %+v", c)
+	}
+}
+
+// A server that has just started refuses until it knows whom it may answer, and between two leaders there is none: neither
+// ends a bench.
+func TestWaitLeaderHasPatience(t *testing.T) {
+	asked := 0
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		asked++
+		switch asked {
+		case 1:
+			w.WriteHeader(http.StatusServiceUnavailable)
+		case 2:
+			_ = json.NewEncoder(w).Encode(wire.Cluster{InSync: []string{}})
+		default:
+			_ = json.NewEncoder(w).Encode(wire.Cluster{Leader: "n1", InSync: []string{"a"}})
+		}
+	}))
+	defer server.Close()
+	s := &Subject{Nodes: []SubjectNode{{ID: "n1", HTTP: server.Listener.Addr().String()}}}
+	if c, err := s.waitLeader(t.Context()); err != nil || c.Leader != "n1" || asked != 3 {
+		t.Errorf("%+v, %v, asked %d times", c, err, asked)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	server.Close()
+	if c, err := s.waitLeader(ctx); err == nil {
+		t.Errorf("nobody answers: %+v", c)
 	}
 }

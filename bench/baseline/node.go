@@ -359,6 +359,7 @@ func (n *node) handler() http.Handler {
 		index, _ := n.engine.Applied()
 		return wire.Node{ID: n.o.id, Zone: n.o.id, AppliedIndex: index, Role: n.raft.State().String()}
 	})
+	mux.HandleFunc("GET /readyz", func(http.ResponseWriter, *http.Request) {})
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
 		fmt.Fprintf(w, "tercet_wal_fsync_duration_seconds_count %d\n", n.syncs.count.Load())
 		fmt.Fprintf(w, "tercet_wal_fsync_duration_seconds_sum %g\n", time.Duration(n.syncs.nanos.Load()).Seconds())

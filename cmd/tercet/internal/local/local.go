@@ -429,12 +429,13 @@ type Status struct {
 	InSync []string `json:"inSync"`
 }
 
-// WaitInSync waits until a leader is known and all three zones are in sync.
+// WaitInSync waits until a leader is known, all three zones are in sync, and every node is ready: one that has just
+// started still refuses what it cannot judge yet.
 func (c *Cluster) WaitInSync(ctx context.Context) (Status, error) {
 	client := &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
 	for {
 		s, err := status(ctx, client, c.Nodes[0].HTTP)
-		if err == nil && s.Leader != "" && len(s.InSync) == len(c.Nodes) {
+		if err == nil && s.Leader != "" && len(s.InSync) == len(c.Nodes) && c.ready(ctx, client) {
 			c.formed.Store(true)
 			return s, nil
 		}
@@ -447,6 +448,25 @@ func (c *Cluster) WaitInSync(ctx context.Context) (Status, error) {
 		case <-time.After(pollEvery):
 		}
 	}
+}
+
+// ready reports whether every node says that it is.
+func (c *Cluster) ready(ctx context.Context, client *http.Client) bool {
+	for _, n := range c.Nodes {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, n.HTTP+"/readyz", nil)
+		if err != nil {
+			return false
+		}
+		resp, err := client.Do(req)
+		if err != nil {
+			return false
+		}
+		resp.Body.Close()
+		if resp.StatusCode != http.StatusOK {
+			return false
+		}
+	}
+	return true
 }
 
 func status(ctx context.Context, client *http.Client, base string) (Status, error) {

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -51,6 +52,17 @@ func serve(args []string) int {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/v1/cluster", func(w http.ResponseWriter, _ *http.Request) {
 		fmt.Fprint(w, `{"leader":"n2","inSync":["a","b","c"]}`)
+	})
+	var asked atomic.Int32
+	mux.HandleFunc("/readyz", func(w http.ResponseWriter, _ *http.Request) {
+		// As a node that has not read the cluster's tokens yet.
+		if n := asked.Add(1); n <= 2 {
+			w.WriteHeader(http.StatusServiceUnavailable)
+			return
+		}
+		if asked.Load() == 3 {
+			fmt.Fprintln(os.Stderr, "2026-01-01T00:00:00Z [INFO]  said ready")
+		}
 	})
 	l, err := net.Listen("tcp", "127.0.0.1"+*addr)
 	if err != nil {
@@ -128,6 +140,12 @@ func TestStartAndStop(t *testing.T) {
 	c, notices := start(t, "serve", Options{Args: func(i int) []string { return []string{"--extra", "x" + strconv.Itoa(i)} }})
 	if s := waitInSync(t, c); s.Leader != "n2" {
 		t.Errorf("leader %q", s.Leader)
+	}
+	for _, n := range c.Nodes {
+		await(t, n.ID+" to have been ready before the cluster was", func() bool {
+			log, err := os.ReadFile(n.LogFile)
+			return err == nil && strings.Contains(string(log), "said ready")
+		})
 	}
 	pids := c.Pids()
 	if pids[0] == 0 || pids[0] == pids[1] || pids[1] == pids[2] || pids[2] == 0 {
