@@ -4,11 +4,13 @@ package compat
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -42,19 +44,26 @@ func run(t *testing.T, dir string, env []string, name string, args ...string) st
 	return string(out)
 }
 
+// errNotYet says that what a test waits for has not happened yet.
+var errNotYet = errors.New("not yet")
+
 // npmInstall installs the Node clients unless they are.
-func npmInstall(t *testing.T) {
+func npmInstall(t *testing.T) { npmInstallIn(t, "node") }
+
+// npmInstallIn installs what a folder's lock file names unless it is installed.
+func npmInstallIn(t *testing.T, dir string) {
 	t.Helper()
-	lock, err := os.ReadFile("node/package-lock.json")
+	lock, err := os.ReadFile(filepath.Join(dir, "package-lock.json"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if have, err := os.ReadFile("node/node_modules/.installed"); err == nil && bytes.Equal(have, lock) {
+	stamp := filepath.Join(dir, "node_modules/.installed")
+	if have, err := os.ReadFile(stamp); err == nil && bytes.Equal(have, lock) {
 		return
 	}
 	// Not npm ci: valkey-glide has a package for each platform, and a registry need not have those of the others.
-	run(t, "node", nil, "npm", "install", "--no-save", "--no-audit", "--no-fund", "--loglevel=error")
-	if err := os.WriteFile("node/node_modules/.installed", lock, 0o600); err != nil {
+	run(t, dir, nil, "npm", "install", "--no-save", "--no-audit", "--no-fund", "--loglevel=error")
+	if err := os.WriteFile(stamp, lock, 0o600); err != nil {
 		t.Fatal(err)
 	}
 }
