@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 
@@ -27,10 +28,12 @@ type fakeQueue struct {
 	requests int
 	sizes    []int
 	bodies   map[string]int
+	// keys are the idempotency keys of what is stored, and their bodies.
+	keys map[string]string
 }
 
 func newFakeQueue(t *testing.T) *fakeQueue {
-	q := &fakeQueue{bodies: map[string]int{}, refuse: map[string]bool{}}
+	q := &fakeQueue{bodies: map[string]int{}, keys: map[string]string{}, refuse: map[string]bool{}}
 	q.Server = httptest.NewServer(http.HandlerFunc(q.batch))
 	t.Cleanup(q.Close)
 	return q
@@ -39,9 +42,9 @@ func newFakeQueue(t *testing.T) *fakeQueue {
 func (q *fakeQueue) batch(w http.ResponseWriter, r *http.Request) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	var bodies []string
+	var bodies, keys []string
 	for frames := wire.NewReader(r.Body, limits.BatchBytesMax); ; {
-		_, body, err := frames.Next()
+		head, body, err := frames.Next()
 		if errors.Is(err, io.EOF) {
 			break
 		}
@@ -50,6 +53,13 @@ func (q *fakeQueue) batch(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 		bodies = append(bodies, string(body))
+		key := ""
+		for l := range strings.Lines(string(head)) {
+			if name, value, _ := strings.Cut(l, ":"); strings.EqualFold(name, wire.HeaderIdempotencyKey) {
+				key = strings.TrimSpace(value)
+			}
+		}
+		keys = append(keys, key)
 	}
 	q.requests++
 	q.sizes = append(q.sizes, len(bodies))
@@ -58,13 +68,14 @@ func (q *fakeQueue) batch(w http.ResponseWriter, r *http.Request) {
 		stored, status, outcome = q.before(q.requests, bodies)
 	}
 	var answer []byte
-	for _, b := range bodies {
+	for i, b := range bodies {
 		if q.refuse[b] {
 			answer = wire.AppendFrame(answer, []byte("status: 413\ncode: message_too_large\n"), []byte("too large for the test"))
 			continue
 		}
-		if stored {
+		if _, there := q.keys[keys[i]]; stored && (keys[i] == "" || !there) {
 			q.bodies[b]++
+			q.keys[keys[i]] = b
 		}
 		answer = wire.AppendFrame(answer, nil, []byte("id-"+strconv.Itoa(q.requests)))
 	}

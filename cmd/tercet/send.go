@@ -28,10 +28,15 @@ type sendOptions struct {
 	durability  string
 	key         string
 
+	run      string
+	keyField string
 	jsonl    bool
 	batch    int
 	inflight int
 }
+
+// runBytesMax leaves room for the line's number in a key.
+const runBytesMax = limits.IdempotencyKeyBytesMax - 32
 
 // sent is what `tercet send -o json` prints for one message.
 type sent struct {
@@ -51,13 +56,17 @@ that the message is stored once; --idempotency-key chooses it, and makes a later
 
 With --jsonl each line of stdin is a message, sent in batches, several of them on their way at once, so
 that the order is kept only roughly (--inflight 1 keeps it). A batch whose outcome is not known is sent
-again; how many messages may therefore be there twice is said at the end. Lines that are not JSON or are
-refused for good are named, left out, and make the command fail at the end.`,
+again; each line has an idempotency key, so that it is stored once. The key is made of the run, which is
+random unless --run names it, and the line's number, or it is what --key-field finds in the line: a send that
+was broken off can be started over with the same run, and only adds what is missing. Lines that are not JSON
+or are refused for good are named, left out, and make the command fail at the end.`,
 		Example: examples(`
 			tercet send orders '{"id": 1}'
 			echo hello | tercet send greetings --retention 1h --delay 30s
 			tercet send invoices '{"month": "2026-11"}' --idempotency-key invoice-2026-11
 			tercet send orders --jsonl < orders.jsonl
+			tercet send orders --jsonl --run import-7 < orders.jsonl
+			tercet send orders --jsonl --key-field orderId < orders.jsonl
 			tercet send orders '{"id": 2}' --durability all -o json`),
 		Args: cobra.RangeArgs(1, 2),
 		RunE: a.withClient(&o.connection, func(ctx context.Context, cl *client.Client, args []string) error {
@@ -78,6 +87,8 @@ refused for good are named, left out, and make the command fail at the end.`,
 	f.StringArrayVar(&o.headers, "header", nil, "application `header` as 'Name: value', may be repeated")
 	f.StringVar(&o.durability, "durability", "", "in-sync or all; all is refused while a `zone` is away (default: the servers')")
 	f.StringVar(&o.key, "idempotency-key", "", "of all messages with this `key` one is delivered (default: a random one)")
+	f.StringVar(&o.run, "run", "", "with --jsonl: `name` of the run, for the idempotency keys (default: a random one)")
+	f.StringVar(&o.keyField, "key-field", "", "with --jsonl: the `field` of each line that is its idempotency key")
 	f.BoolVar(&o.jsonl, "jsonl", false, "send each line of stdin as a message")
 	f.IntVar(&o.batch, "batch", limits.BatchMessagesMax, "with --jsonl: messages per `request`, up to 100")
 	f.IntVar(&o.inflight, "inflight", 4, "with --jsonl: `requests` on their way at once")
@@ -112,7 +123,20 @@ func (o *sendOptions) message() (client.Message, client.Durability, error) {
 		problems = append(problems, fmt.Errorf("--durability %q: want in-sync or all", o.durability))
 	}
 	if o.key != "" && o.jsonl {
-		problems = append(problems, errors.New("--idempotency-key is for one message: leave it out with --jsonl"))
+		problems = append(problems, errors.New("--idempotency-key is for one message: with --jsonl use --key-field or --run"))
+	}
+	if (o.run != "" || o.keyField != "") && !o.jsonl {
+		problems = append(problems, errors.New("--run and --key-field are for --jsonl"))
+	}
+	if o.run != "" && o.keyField != "" {
+		problems = append(problems, errors.New("--run and --key-field: either the run and the line's number are the key, or the field"))
+	}
+	if o.run != "" {
+		if len(o.run) > runBytesMax {
+			problems = append(problems, fmt.Errorf("--run: at most %d characters", runBytesMax))
+		} else if err := validKey(o.run); err != nil {
+			problems = append(problems, fmt.Errorf("--run: %w", err))
+		}
 	}
 	if o.batch < 1 || o.batch > limits.BatchMessagesMax {
 		problems = append(problems, fmt.Errorf("--batch %d: want 1 to %d", o.batch, limits.BatchMessagesMax))

@@ -4,18 +4,19 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 	"sync"
 	"time"
 
 	"golang.org/x/term"
 
 	"tercet.dev/tercet/internal/client"
-	"tercet.dev/tercet/internal/errs"
 	"tercet.dev/tercet/internal/limits"
 )
 
@@ -25,6 +26,7 @@ const batchBytesTarget = 1 << 20
 // line is one message of the input.
 type line struct {
 	number int
+	key    string
 	body   []byte
 }
 
@@ -37,17 +39,24 @@ type sentLines struct {
 	Unsent  int `json:"unsent"`
 	// FirstUnsent is the first line given up on, 0 for none.
 	FirstUnsent int `json:"firstUnsent,omitempty"`
-	// PossibleDuplicates counts messages that were sent again because it was not known whether they had been
-	// stored: at most so many are stored twice.
-	PossibleDuplicates int `json:"possibleDuplicates"`
+	// Repeated counts messages that were sent again because it was not known whether they had been stored. Their
+	// idempotency keys see to it that they are stored once.
+	Repeated int `json:"repeated"`
+	// Run is what the keys of the lines begin with, empty if a field of theirs is the key.
+	Run string `json:"run,omitempty"`
 	// Zones is the least number of zones that held a message when it was acknowledged.
 	Zones   int     `json:"zones"`
 	Seconds float64 `json:"seconds"`
 }
 
 func (s *sentLines) text(w io.Writer) error {
-	_, err := fmt.Fprintf(w, "%d of %d messages sent in %.1f s, each on %d zones or more; at most %d of them twice\n",
-		s.Sent, s.Lines, s.Seconds, s.Zones, s.PossibleDuplicates)
+	_, err := fmt.Fprintf(w, "%d of %d messages sent in %.1f s, each on %d zones or more", s.Sent, s.Lines, s.Seconds, s.Zones)
+	if err == nil && s.Repeated > 0 {
+		_, err = fmt.Fprintf(w, "; %d of them more than once, and stored once", s.Repeated)
+	}
+	if err == nil {
+		_, err = fmt.Fprintln(w)
+	}
 	return err
 }
 
@@ -58,7 +67,8 @@ type lineSender struct {
 	topic      string
 	form       client.Message
 	durability client.Durability
-	timeout    time.Duration
+	// run begins the keys of the lines, unless keyField names the field that holds them.
+	run, keyField string
 	// stop ends the reading after a batch was given up on: what follows would only wait as long.
 	stop context.CancelFunc
 
@@ -78,7 +88,11 @@ func (a *app) sendLines(ctx context.Context, cl *client.Client, topic string, o 
 	start := time.Now()
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	s := &lineSender{app: a, client: cl, topic: topic, form: form, durability: durability, timeout: o.timeout, stop: stop}
+	s := &lineSender{app: a, client: cl, topic: topic, form: form, durability: durability, run: o.run, keyField: o.keyField, stop: stop}
+	if s.run == "" && s.keyField == "" {
+		s.run = rand.Text()
+	}
+	s.sum.Run = s.run
 
 	lines, batches := make(chan line, 4*o.batch), make(chan []line)
 	readErr := make(chan error, 1)
@@ -111,7 +125,12 @@ func (a *app) sendLines(ctx context.Context, cl *client.Client, topic string, o 
 	}
 	if s.failure != nil {
 		if s.sum.FirstUnsent > 0 {
-			a.note("%d lines were not sent, line %d the first of them", s.sum.Unsent, s.sum.FirstUnsent)
+			again := ""
+			if s.run != "" {
+				again = " with --run " + s.run
+			}
+			a.note("%d lines were not sent, line %d the first of them; send the same input again%s: what is stored is not stored twice",
+				s.sum.Unsent, s.sum.FirstUnsent, again)
 		}
 		return s.failure
 	}
@@ -144,8 +163,13 @@ func (s *lineSender) read(ctx context.Context, in io.Reader, lines chan<- line) 
 			case !json.Valid(body):
 				s.refuse(number, "not JSON")
 			default:
+				key, err := s.key(number, body)
+				if err != nil {
+					s.refuse(number, err.Error())
+					break
+				}
 				select {
-				case lines <- line{number, body}:
+				case lines <- line{number, key, body}:
 				case <-ctx.Done():
 					return nil
 				}
@@ -158,6 +182,38 @@ func (s *lineSender) read(ctx context.Context, in io.Reader, lines chan<- line) 
 			return fmt.Errorf("read line %d: %w", number, err)
 		}
 	}
+}
+
+// key is the idempotency key of a line.
+func (s *lineSender) key(number int, body []byte) (string, error) {
+	if s.keyField == "" {
+		return s.run + "-" + strconv.Itoa(number), nil
+	}
+	var fields map[string]json.RawMessage
+	if json.Unmarshal(body, &fields) != nil {
+		return "", errors.New("not a JSON object, which --key-field needs")
+	}
+	raw := fields[s.keyField]
+	var key string
+	if len(raw) > 0 && (raw[0] == '-' || raw[0] >= '0' && raw[0] <= '9') {
+		key = string(raw)
+	} else if json.Unmarshal(raw, &key) != nil {
+		return "", fmt.Errorf("its field %q, the key, is neither text nor a number", s.keyField)
+	}
+	return key, validKey(key)
+}
+
+// validKey checks an idempotency key, which travels in a header.
+func validKey(key string) error {
+	if key == "" || len(key) > limits.IdempotencyKeyBytesMax {
+		return fmt.Errorf("an idempotency key has 1 to %d bytes", limits.IdempotencyKeyBytesMax)
+	}
+	for i := range len(key) {
+		if key[i] < ' ' || key[i] == 0x7f {
+			return errors.New("an idempotency key has no control characters")
+		}
+	}
+	return nil
 }
 
 // readLine returns the next line in memory of its own. What a line has beyond the limit is read and dropped.
@@ -229,39 +285,20 @@ func group(ctx context.Context, lines <-chan line, batches chan<- []line, count 
 	}
 }
 
-// send sends one batch until its outcome is known, or gives up.
+// send sends one batch. The client tries again what was refused for the moment, and, since each line has a key, what
+// is not known to have been stored.
 func (s *lineSender) send(ctx context.Context, batch []line) {
 	messages := make([]client.Message, len(batch))
 	for i, l := range batch {
 		messages[i] = s.form
-		messages[i].Body = l.body
+		messages[i].Key, messages[i].Body = l.key, l.body
 	}
-	var unknownSince time.Time
-	for {
-		results, stored, err := s.client.SendBatch(ctx, s.topic, messages, s.durability)
-		if err == nil {
-			s.tally(batch, results, stored.Zones)
-			return
-		}
-		var answer *client.Error
-		if !errors.As(err, &answer) || answer.Outcome != errs.Unknown || ctx.Err() != nil {
-			s.giveUp(ctx, batch, err)
-			return
-		}
-		if unknownSince.IsZero() {
-			unknownSince = time.Now()
-		} else if time.Since(unknownSince) > s.timeout {
-			s.giveUp(ctx, batch, err)
-			return
-		}
-		s.mu.Lock()
-		s.sum.PossibleDuplicates += len(batch)
-		s.mu.Unlock()
-		if !pause(ctx, 100*time.Millisecond) {
-			s.giveUp(ctx, batch, err)
-			return
-		}
+	results, stored, err := s.client.SendBatch(ctx, s.topic, messages, s.durability)
+	if err != nil {
+		s.giveUp(ctx, batch, err)
+		return
 	}
+	s.tally(batch, results, stored)
 }
 
 // pause waits; it reports false when the context ends first.
@@ -276,7 +313,7 @@ func pause(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-func (s *lineSender) tally(batch []line, results []client.SentMessage, zones int) {
+func (s *lineSender) tally(batch []line, results []client.SentMessage, stored client.Stored) {
 	refused := map[int]string{}
 	for i, r := range results {
 		if r.Err != nil {
@@ -285,8 +322,11 @@ func (s *lineSender) tally(batch []line, results []client.SentMessage, zones int
 	}
 	s.mu.Lock()
 	s.sum.Sent += len(results) - len(refused)
-	if s.sum.Zones == 0 || zones < s.sum.Zones {
-		s.sum.Zones = zones
+	if s.sum.Zones == 0 || stored.Zones < s.sum.Zones {
+		s.sum.Zones = stored.Zones
+	}
+	if stored.Repeated {
+		s.sum.Repeated += len(batch)
 	}
 	s.mu.Unlock()
 	for number, why := range refused {

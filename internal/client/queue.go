@@ -38,6 +38,9 @@ type Stored struct {
 	Zones    int
 	Position uint64
 	Term     uint64
+	// Repeated reports that an earlier attempt at the same request may have stored it already. With an idempotency
+	// key it is stored once nevertheless.
+	Repeated bool
 }
 
 // Durability is what a publish asks for.
@@ -122,12 +125,13 @@ func (c *Client) SendBatch(ctx context.Context, topic string, messages []Message
 	if d != Default {
 		h[wire.HeaderDurability] = []string{string(d)}
 	}
-	res, _, err := c.do(ctx, request{method: http.MethodPost, path: topicPath(topic) + "/batch", header: h, body: body, repeatable: keyed})
+	res, unknown, err := c.do(ctx, request{method: http.MethodPost, path: topicPath(topic) + "/batch", header: h, body: body, repeatable: keyed})
 	if err != nil {
 		return nil, Stored{}, err
 	}
 	defer res.Body.Close()
 	at := storedOf(res.Header)
+	at.Repeated = unknown
 	out := make([]SentMessage, 0, len(messages))
 	for frames := wire.NewReader(res.Body, limits.HeaderBytesMax); ; {
 		head, body, err := frames.Next()
