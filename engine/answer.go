@@ -134,10 +134,7 @@ func (e *Engine) query(q *Query) (Answer, []uint64, error) {
 		if g == nil {
 			return a, nil, errs.New(errs.GroupNotFound, "consumer group %q not found", q.Group)
 		}
-		info, err := e.groupInfo(g, now)
-		if name := g.named(q.Deployment); err == nil && name != "" {
-			info.Ready, err = e.readyOf(g, deployment(name), now)
-		}
+		info, err := e.groupInfo(g, q.Deployment, now)
 		if err == nil && q.DrainRate > 0 {
 			info.Expiring, err = e.expiring(t, g.next, q.DrainRate, now)
 		}
@@ -150,7 +147,7 @@ func (e *Engine) query(q *Query) (Answer, []uint64, error) {
 				a.More = true
 				break
 			}
-			info, err := e.groupInfo(t.groups[name], now)
+			info, err := e.groupInfo(t.groups[name], "", now)
 			if err != nil {
 				return a, nil, err
 			}
@@ -188,22 +185,49 @@ func (e *Engine) peek(t *topic, g *group, deployed string, limit int, now int64)
 		a.Messages = append(a.Messages, d)
 		sizes = append(sizes, b.sizeOf(i))
 	}
-	off := uint64(0)
 	if g != nil {
-		off, deployed = g.next, g.named(deployed)
+		deployed = g.named(deployed)
 	}
 	dep := deployment(deployed)
-	if g != nil && dep != 0 && g.parts[dep] != nil {
-		off = max(off, g.parts[dep].next)
-	}
-	first := func(off uint64) (*block, uint32, error) {
-		if dep != 0 {
+	room := func() bool { return len(a.Messages) < limit && (g == nil || e.room(g) && !g.paused()) }
+	fresh := func(off uint64) (*block, uint32, error) {
+		if g == nil {
 			return e.nextOf(t, dep, off, now)
 		}
-		return e.firstLive(t, nil, off, now, false)
+		return e.freshFrom(g, dep, off, endless, now)
 	}
-	for looks := looksMax; len(a.Messages) < limit && (g == nil || e.room(g) && !g.paused()); {
-		b, i, err := first(off)
+	for off := uint64(0); dep != 0 && room(); off++ {
+		b, i, err := fresh(off)
+		if err != nil {
+			return a, nil, err
+		}
+		if b == nil || g != nil && g.held(b, i) > now {
+			break
+		}
+		add(b, i, 0)
+		off = b.base + uint64(i)
+	}
+	off, held := uint64(0), false
+	if g != nil {
+		off = g.next
+	}
+	if dep == 0 && g != nil && g.behind > 0 {
+		for from := uint64(0); room() && !held; from++ {
+			b, i, err := e.behindFrom(g, from, now)
+			if err != nil {
+				return a, nil, err
+			}
+			if b == nil {
+				break
+			}
+			if held = g.held(b, i) > now; !held {
+				add(b, i, 0)
+			}
+			from = b.base + uint64(i)
+		}
+	}
+	for looks := looksMax; dep == 0 && !held && room(); {
+		b, i, err := e.firstLive(t, nil, off, now, false)
 		if err != nil {
 			return a, nil, err
 		}
@@ -211,7 +235,7 @@ func (e *Engine) peek(t *topic, g *group, deployed string, limit int, now int64)
 			break
 		}
 		off = b.base + uint64(i)
-		if g != nil && dep == 0 {
+		if g != nil {
 			if n := g.skips(b, i); n > 0 {
 				if looks--; looks == 0 {
 					break
@@ -233,7 +257,7 @@ func (e *Engine) peek(t *topic, g *group, deployed string, limit int, now int64)
 	}
 	var due []timer
 	g.each(func(off uint64, l *lease) {
-		if v, ok := g.view(l, now); ok && !v.idle() && v.due() <= now && !t.removed(off) && (dep == 0 && !g.excluded(l.dep) || dep != 0 && l.dep == dep) {
+		if v, ok := g.view(off, l, now); ok && !v.idle() && v.due() <= now && !t.removed(off) && (dep == 0 && !g.excluded(l.dep) || dep != 0 && l.dep == dep) {
 			due = append(due, timer{l.due(), off})
 		}
 	})
@@ -293,41 +317,53 @@ func (e *Engine) topicInfo(t *topic, now int64) (TopicInfo, error) {
 	return info, nil
 }
 
-func (e *Engine) groupInfo(g *group, now int64) (GroupInfo, error) {
-	info := GroupInfo{Topic: g.topic.name, Name: g.name, Incarnation: g.inc, Position: g.pos, Offset: g.next,
-		Inflight: g.inflightAt(now), Delivered: g.delivered, Redelivered: g.redelivered, Acknowledged: g.acked}
+// groupInfo describes a group: all of it, or what is a deployment's.
+func (e *Engine) groupInfo(g *group, deployed string, now int64) (GroupInfo, error) {
+	t := g.topic
+	info := GroupInfo{Topic: t.name, Name: g.name, Incarnation: g.inc, Position: g.pos, Offset: g.next,
+		Delivered: g.delivered, Redelivered: g.redelivered, Acknowledged: g.acked, Settings: g.settings}
 	oldest := uint64(never)
+	only := deployment(deployed)
 	g.each(func(off uint64, l *lease) {
-		v, ok := g.view(l, now)
+		v, ok := g.view(off, l, now)
 		switch {
-		case !ok || v.state == settledAhead:
+		case !ok || v.state == settledAhead || only != 0 && l.dep != only:
 		case v.state == parked:
 			info.Parked++
 		default:
 			info.Unsettled++
-			if !g.topic.removed(off) {
+			if v.state == leased && v.deadline > now {
+				info.Inflight++
+			}
+			if !t.removed(off) {
 				oldest = min(oldest, off)
 			}
 		}
 	})
-	info.Settings = g.settings
-	b, i, err := e.firstLive(g.topic, nil, g.next, now, false)
+	var err error
+	if name := g.named(deployed); name != "" {
+		dep := deployment(name)
+		b, i, e1 := e.freshOf(g, dep, endless, now)
+		if e1 != nil {
+			return info, e1
+		}
+		if b != nil {
+			oldest = min(oldest, b.base+uint64(i))
+		}
+		info.Ready, err = e.readyOf(g, dep, now)
+	} else {
+		var first uint64
+		info.Ready, first, err = e.readyOfAll(g, now)
+		oldest = min(oldest, first)
+	}
+	if err != nil || oldest == never {
+		return info, err
+	}
+	b, i, err := e.blockAt(t, nil, oldest)
 	if err != nil {
 		return info, err
 	}
-	if b != nil {
-		off := b.base + uint64(i)
-		info.Ready = g.topic.next - off - min(uint64(g.ahead), g.topic.next-off)
-		oldest = min(oldest, off)
-		info.OldestAt = b.publishedWall(i)
-	}
-	if oldest < g.next {
-		b, i, err := e.blockAt(g.topic, nil, oldest)
-		if err != nil {
-			return info, err
-		}
-		info.OldestAt = b.publishedWall(i)
-	}
+	info.OldestAt = b.publishedWall(i)
 	return info, nil
 }
 

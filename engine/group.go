@@ -189,7 +189,7 @@ type group struct {
 	lastChunk                     *chunk
 	lastKey                       uint64
 	live                          int // entries of the set
-	ahead                         int // those of them at or above next
+	ahead                         int // those of them that no cursor has passed
 	inflight                      int // leased and not noted as over
 	pending, ready, expiring      timers
 	gone                          []uint64 // stored rows of chunks that no longer exist
@@ -204,6 +204,7 @@ type group struct {
 	// deployment do not see.
 	parts    map[uint64]*partition
 	excludes map[uint64]bool
+	behind   int // parts with messages below next for receives without a deployment
 	// waits are the deployments that receives parked here wait for.
 	waits map[string]bool
 	// kept are the offsets of entries that outlive their messages.
@@ -247,8 +248,8 @@ func (g *group) touch(off uint64) {
 	g.dirty = true
 }
 
-// insert adds an entry for an offset that has none.
-func (g *group) insert(off uint64) *lease {
+// insert adds an entry for a message of a deployment that has none.
+func (g *group) insert(off, dep uint64) *lease {
 	key, low := off>>chunkShift, uint16(off&chunkMask)
 	c := g.chunk(key)
 	if c == nil {
@@ -259,14 +260,14 @@ func (g *group) insert(off uint64) *lease {
 	}
 	i, ok := c.at(low)
 	if !ok {
-		c.slots = slices.Insert(c.slots, i, lease{low: low})
+		c.slots = slices.Insert(c.slots, i, lease{low: low, dep: dep})
 	} else {
-		c.slots[i] = lease{low: low}
+		c.slots[i] = lease{low: low, dep: dep}
 	}
 	c.live++
 	c.dirty, g.dirty = true, true
 	g.live++
-	if off >= g.next {
+	if !g.passed(off, dep) {
 		g.ahead++
 	}
 	return &c.slots[i]
@@ -320,6 +321,9 @@ func (g *group) advance(next uint64) {
 	pass := func(off uint64, l *lease) {
 		if g.passed(off, l.dep) {
 			return // by the cursor of its deployment
+		}
+		if p := g.parts[l.dep]; p != nil && p.keeps(off) {
+			return // for that cursor to pass
 		}
 		if l.state == settledAhead {
 			g.remove(off, l)
@@ -503,10 +507,7 @@ func (g *group) takeOver(off uint64, l *lease, now, visibility int64) {
 
 // grantOf leases a message of a deployment for the first time.
 func (g *group) grantOf(off, dep uint64, stream StreamID, expiry, now, visibility int64) *lease {
-	l := g.insert(off)
-	if l.dep = dep; off >= g.next && g.passed(off, dep) {
-		g.ahead-- // insert does not know of deployments
-	}
+	l := g.insert(off, dep)
 	l.stream, l.expiry = stream, expiry
 	g.grant(off, l, now, visibility)
 	if expiry != never {

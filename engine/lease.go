@@ -48,7 +48,23 @@ func (e *Engine) applyReceive(r *reader, res *Result) error {
 		}
 		room = len(ds)
 	}
-	for looks := looksMax; len(ds) < room && e.room(g); {
+	held := false
+	for g.behind > 0 && !held && len(ds) < room && e.room(g) {
+		b, i, err := e.behindFrom(g, 0, now)
+		if err != nil {
+			return err
+		}
+		if g.passBehind(b, i); b == nil {
+			break
+		}
+		if held = g.held(b, i) > now; !held {
+			off, dep := b.base+uint64(i), b.dep(i)
+			g.pass(dep, g.parts[dep], off+1)
+			g.entriesRead = -1
+			ds = append(ds, e.delivery(b, i, g, g.grantOf(off, dep, b.streamOf(i), b.expiry(i), now, v.visibility)))
+		}
+	}
+	for looks := looksMax; !held && len(ds) < room && e.room(g); {
 		b, i, err := e.firstLive(t, g.cur, g.next, now, true)
 		if err != nil {
 			return err
@@ -140,22 +156,20 @@ func (e *Engine) receiveOf(g *group, v *receiveView, ds []Delivery, room int, no
 		return ds, err
 	}
 	for len(ds) < room && e.room(g) {
-		b, i, err := e.nextOf(g.topic, dep, max(p.next, g.next), now)
+		b, i, after, err := e.unreadOf(g, dep, 0, now)
 		if err != nil {
 			return ds, err
 		}
 		if b == nil {
-			if p.next != g.topic.next {
-				p.next, g.dirty = g.topic.next, true
-			}
+			g.pass(dep, p, g.topic.next)
 			break
 		}
 		off := b.base + uint64(i)
-		known := g.find(off) != nil
-		if !known && g.pos.less(b.streamOf(i)) && g.held(b, i) > now {
+		known, skipped := g.find(off) != nil, !after.less(b.streamOf(i))
+		if !known && !skipped && g.held(b, i) > now {
 			break
 		}
-		if g.pass(p, off); known || !g.pos.less(b.streamOf(i)) {
+		if g.pass(dep, p, off+1); known || skipped {
 			continue
 		}
 		g.entriesRead = -1

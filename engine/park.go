@@ -102,11 +102,16 @@ func (e *Engine) nextEvent(g *group, now int64, apply bool) (int64, error) {
 	if err := held(e.fresh(g, g.next, now, apply)); err != nil {
 		return 0, err
 	}
+	if g.behind > 0 {
+		if err := held(e.behindFrom(g, 0, now)); err != nil {
+			return 0, err
+		}
+	}
 	for _, d := range sortedKeys(g.waits) {
 		if d == "" {
 			continue
 		}
-		if err := held(e.freshOf(g, deployment(d), now)); err != nil {
+		if err := held(e.freshOf(g, deployment(d), endless, now)); err != nil {
 			return 0, err
 		}
 	}
@@ -175,22 +180,56 @@ func (g *group) appendRefs(refs []GroupRef, deployment string) []GroupRef {
 	return refs
 }
 
-// freshOf is fresh for a deployment.
-func (e *Engine) freshOf(g *group, dep uint64, now int64) (*block, uint32, error) {
-	off := g.next
-	if p := g.parts[dep]; p != nil {
-		off = max(off, p.next)
-	}
-	for {
-		b, i, err := e.nextOf(g.topic, dep, off, now)
+// freshOf is fresh for a deployment, below an offset.
+func (e *Engine) freshOf(g *group, dep, end uint64, now int64) (*block, uint32, error) {
+	return e.freshFrom(g, dep, 0, end, now)
+}
+
+func (e *Engine) freshFrom(g *group, dep, off, end uint64, now int64) (*block, uint32, error) {
+	for ; ; off++ {
+		b, i, after, err := e.unreadOf(g, dep, off, now)
 		if err != nil || b == nil {
 			return nil, 0, err
 		}
-		off = b.base + uint64(i)
-		if g.find(off) == nil && g.pos.less(b.streamOf(i)) {
+		if off = b.base + uint64(i); off >= end {
+			return nil, 0, nil
+		}
+		if g.find(off) == nil && after.less(b.streamOf(i)) {
 			return b, i, nil
 		}
-		off++
+	}
+}
+
+// behindFrom returns the first message at or behind off that the group's cursor left behind of deployments which were
+// excluded, nil without one.
+func (e *Engine) behindFrom(g *group, off uint64, now int64) (first *block, at uint32, err error) {
+	for _, dep := range sortedKeys(g.parts) {
+		p := g.parts[dep]
+		if !p.behind() {
+			continue
+		}
+		b, i, err := e.freshFrom(g, dep, off, p.end(), now)
+		if err != nil {
+			return nil, 0, err
+		}
+		if b != nil && (first == nil || b.base+uint64(i) < first.base+uint64(at)) {
+			first, at = b, i
+		}
+	}
+	return first, at, nil
+}
+
+// passBehind ends the spans in which nothing is left for receives without a deployment.
+func (g *group) passBehind(first *block, at uint32) {
+	for dep, p := range g.parts {
+		if !p.behind() {
+			continue
+		}
+		end := p.end()
+		if first != nil {
+			end = min(end, first.base+uint64(at))
+		}
+		g.pass(dep, p, end)
 	}
 }
 
@@ -266,9 +305,14 @@ func (e *Engine) deliverable(g *group, deployed string, now int64, apply bool) (
 		var i uint32
 		var err error
 		if deployed == "" {
-			b, i, err = e.fresh(g, g.next, now, apply)
+			if g.behind > 0 {
+				b, i, err = e.behindFrom(g, 0, now)
+			}
+			if b == nil && err == nil {
+				b, i, err = e.fresh(g, g.next, now, apply)
+			}
 		} else {
-			b, i, err = e.freshOf(g, deployment(deployed), now)
+			b, i, err = e.freshOf(g, deployment(deployed), endless, now)
 		}
 		if err != nil {
 			return false, err

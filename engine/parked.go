@@ -33,7 +33,11 @@ func (g *group) parkedForm(l *lease) lease {
 // giveUp brings a spent entry into its final form: parked, or gone as if it had been acknowledged.
 func (g *group) giveUp(off uint64, l *lease, now int64) {
 	if !g.settings.Park {
-		g.remove(off, l)
+		if g.passed(off, l.dep) {
+			g.remove(off, l)
+		} else {
+			g.settleAhead(off, l)
+		}
 		return
 	}
 	p := g.parkedForm(l)
@@ -59,13 +63,16 @@ func (g *group) giveUp(off uint64, l *lease, now int64) {
 }
 
 // view is the entry as of now, whether it was folded or not; false if it is not there any more.
-func (g *group) view(l *lease, now int64) (lease, bool) {
+func (g *group) view(off uint64, l *lease, now int64) (lease, bool) {
 	v := *l
-	if g.spent(l, now) {
-		if !g.settings.Park {
-			return v, false
-		}
+	switch {
+	case !g.spent(l, now):
+	case g.settings.Park:
 		v = g.parkedForm(l)
+	case g.passed(off, l.dep):
+		return v, false
+	default:
+		v.state, v.flags, v.deadline, v.routed, v.consumer = settledAhead, 0, never, false, 0
 	}
 	return v, v.expiry > now
 }
@@ -121,7 +128,7 @@ func (g *group) parkedFrom(from uint64, now int64, visit func(off uint64, l *lea
 			if l.state == slotFree || off < from {
 				continue
 			}
-			if v, ok := g.view(l, now); ok && v.state == parked && !g.topic.removed(off) && !visit(off, &v) {
+			if v, ok := g.view(off, l, now); ok && v.state == parked && !g.topic.removed(off) && !visit(off, &v) {
 				return
 			}
 		}
@@ -142,7 +149,7 @@ func (e *Engine) selected(g *group, f *ParkedFilter, from uint64, limit int, now
 			if !ok || l == nil || seen[off] || off < from || len(offs) == limit {
 				continue
 			}
-			if v, ok := g.view(l, now); ok && v.state == parked && f.matches(g, off, &v, e.wallAt) {
+			if v, ok := g.view(off, l, now); ok && v.state == parked && f.matches(g, off, &v, e.wallAt) {
 				seen[off] = true
 				offs = append(offs, off)
 			}

@@ -466,7 +466,7 @@ func (c *chunk) appendRow(b []byte, g *group, key uint64, now int64) []byte {
 		if l.state == slotFree {
 			continue
 		}
-		if _, ok := g.view(l, now); ok {
+		if _, ok := g.view(key<<chunkShift|uint64(l.low), l, now); ok {
 			n++
 			more = more || l.kept || g.spentKeeps(l, now) || l.base != 0 || l.dep != 0 || g.notes[key<<chunkShift|uint64(l.low)] != ""
 		}
@@ -484,7 +484,7 @@ func (c *chunk) appendRow(b []byte, g *group, key uint64, now int64) []byte {
 		if l.state == slotFree {
 			continue
 		}
-		v, ok := g.view(l, now)
+		v, ok := g.view(key<<chunkShift|uint64(l.low), l, now)
 		if !ok {
 			continue
 		}

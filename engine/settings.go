@@ -162,7 +162,8 @@ func (e *Engine) purge(t *topic) {
 	for _, inc := range sortedKeys(t.byInc) {
 		g := t.byInc[inc]
 		g.clear(true)
-		g.next, g.pos, g.parts = t.next, t.last, nil
+		g.next, g.pos = t.next, t.last
+		g.reopen()
 		g.dirty = true
 		e.look(g)
 	}
@@ -240,15 +241,16 @@ func (e *Engine) applyGroupSet(r *reader, res *Result) error {
 			return err
 		}
 		g.clear(false)
-		g.next, g.pos, g.cur, g.parts = next, pos, nil, nil
-		g.ahead = 0
-		g.each(func(off uint64, _ *lease) {
-			if off >= next { // no other cursor is left
-				g.ahead++
-			}
-		})
+		g.next, g.pos, g.cur = next, pos, nil
+		g.reopen()
+		g.countAhead()
+		g.rebuild()
 	}
 	if c.Settings != nil {
+		if code, err := e.exclude(g, c.Settings); code != errs.OK || err != nil {
+			res.Code = code
+			return err
+		}
 		g.set(c.Settings, now)
 		e.announce(g) // which deployment a receive waits for may be another now
 	}

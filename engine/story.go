@@ -20,7 +20,7 @@ const browseLooks = 10_000
 // stateOf says what a message is to a group at now, and the entry it has in the unsettled set, if any.
 func (g *group) stateOf(off, dep uint64, now int64) (MessageState, lease) {
 	if l := g.find(off); l != nil {
-		v, ok := g.view(l, now)
+		v, ok := g.view(off, l, now)
 		switch {
 		case !ok, v.state == settledAhead:
 			return StateAcknowledged, v
@@ -70,7 +70,7 @@ func (e *Engine) parkedAnswer(g *group, q *Query, limit int, now int64) (Answer,
 		return a, nil, err
 	}
 	for _, off := range offs {
-		v, _ := g.view(g.find(off), now)
+		v, _ := g.view(off, g.find(off), now)
 		d, size, err := e.kept(g, off, &v)
 		if err != nil {
 			return a, nil, err

@@ -535,6 +535,41 @@ func (g *group) pendingDeadline(now int64) int64 {
 	return never
 }
 
+// readBehind reads what the group's cursor left behind of deployments that were excluded. done says that there is no
+// going on, full that the group holds as much as it may.
+func (e *Engine) readBehind(g *group, k *consumer, c *StreamReadGroup, count uint64, read *StreamRead, room *answerRoom) (done, full bool, err error) {
+	for now := e.stamp.Cluster; g.behind > 0 && uint64(len(read.Entries)) < count; {
+		b, i, err := e.behindFrom(g, 0, now)
+		if err != nil {
+			return false, false, err
+		}
+		if g.passBehind(b, i); b == nil {
+			break
+		}
+		off, dep := b.base+uint64(i), b.dep(i)
+		switch {
+		case g.held(b, i) > now:
+			return true, false, nil
+		case !c.NoAck && !e.room(g):
+			return false, true, nil
+		case !room.take(b.sizeOf(i), len(read.Entries) == 0):
+			read.Cut = true
+			return true, false, nil
+		}
+		g.pass(dep, g.parts[dep], off+1)
+		g.entriesRead = -1
+		read.Entries = append(read.Entries, e.streamEntry(b, i))
+		if c.NoAck {
+			continue
+		}
+		g.take(off, g.put(off, dep, b.streamOf(i), b.expiry(i)), k, now, g.pendingDeadline(now), 1)
+		g.delivered++
+		k.gotSome(g, e.stamp.Wall)
+		e.dirtRough.Add(48)
+	}
+	return false, false, nil
+}
+
 // readNew gives a consumer entries that the group was not given, then those that have become due again. It reports
 // whether the group's set was too full for more.
 func (e *Engine) readNew(g *group, k *consumer, c *StreamReadGroup, read *StreamRead, room *answerRoom) (limited bool, err error) {
@@ -555,7 +590,10 @@ func (e *Engine) readNew(g *group, k *consumer, c *StreamReadGroup, read *Stream
 	if g.paused() {
 		count = 0
 	}
-	for uint64(len(read.Entries)) < count {
+	if done, full, err := e.readBehind(g, k, c, count, read, room); err != nil || done || full {
+		return full, err
+	}
+	for looks := looksMax; uint64(len(read.Entries)) < count; {
 		b, i, err := e.firstLive(t, g.cur, g.next, now, true)
 		if err != nil {
 			return false, err
@@ -568,6 +606,15 @@ func (e *Engine) readNew(g *group, k *consumer, c *StreamReadGroup, read *Stream
 			break
 		}
 		off, id := b.base+uint64(i), b.streamOf(i)
+		if n := g.skips(b, i); n > 0 { // another deployment's
+			g.advance(off + uint64(n))
+			g.pos = b.streamOf(i + n - 1)
+			g.entriesRead = -1
+			if looks--; looks == 0 {
+				break
+			}
+			continue
+		}
 		if !g.pos.less(id) {
 			g.advance(off + 1) // below a position that lies ahead of the stream
 			continue
@@ -601,7 +648,7 @@ func (e *Engine) readNew(g *group, k *consumer, c *StreamReadGroup, read *Stream
 			continue
 		}
 		if l == nil {
-			l = g.put(off, id, b.expiry(i))
+			l = g.put(off, b.dep(i), id, b.expiry(i))
 		}
 		g.take(off, l, k, now, g.pendingDeadline(now), 1)
 		g.delivered++
@@ -841,7 +888,7 @@ func (e *Engine) applyStreamClaim(c *StreamClaim, res *Result) error {
 			if l = g.find(off); l != nil {
 				continue // settled ahead
 			}
-			l = g.put(off, id, b.expiry(i))
+			l = g.put(off, b.dep(i), id, b.expiry(i))
 			g.take(off, l, k, now-max(c.MinIdle, 0), never, 1)
 		}
 		if _, err := e.claim(g, k, off, l, c.MinIdle, granted, c.RetryCount, c.JustID, &room, &res.Stream.Entries); err != nil {
@@ -942,7 +989,7 @@ func (e *Engine) applyStreamNack(c *StreamNack, res *Result) error {
 			if g.find(off) != nil {
 				continue
 			}
-			l = g.put(off, id, b.expiry(i))
+			l = g.put(off, b.dep(i), id, b.expiry(i))
 			g.take(off, l, nil, now, never, 0)
 		} else if l.heldByHTTP(now) {
 			continue

@@ -268,8 +268,8 @@ func (g *group) take(off uint64, l *lease, c *consumer, granted, deadline int64,
 }
 
 // put puts an entry into the set that is not in it.
-func (g *group) put(off uint64, stream StreamID, expiry int64) *lease {
-	l := g.insert(off)
+func (g *group) put(off, dep uint64, stream StreamID, expiry int64) *lease {
+	l := g.insert(off, dep)
 	l.stream, l.expiry = stream, expiry
 	if expiry != never {
 		g.expiring.push(timer{expiry, off})
@@ -277,15 +277,22 @@ func (g *group) put(off uint64, stream StreamID, expiry int64) *lease {
 	return l
 }
 
-// rewind moves the cursor back.
-func (g *group) rewind(next uint64) {
-	g.next = next
+// countAhead counts the entries that no cursor has passed.
+func (g *group) countAhead() {
 	g.ahead = 0
-	g.each(func(off uint64, _ *lease) {
-		if off >= next {
+	g.each(func(off uint64, l *lease) {
+		if !g.passed(off, l.dep) {
 			g.ahead++
 		}
 	})
+}
+
+// rewind moves the cursor back.
+func (g *group) rewind(next uint64) {
+	g.next = next
+	g.reopen()
+	g.countAhead()
+	g.rebuild()
 	g.cur = nil
 	g.dirty = true
 }
@@ -294,7 +301,7 @@ func (g *group) rewind(next uint64) {
 // before the cursor came to it stays noted as settled; what Valkey made pending there (XCLAIM FORCE, XGROUP SETID
 // back) is given again by ">", as there.
 func (g *group) drop(off uint64, l *lease) {
-	if off >= g.next && l.consumer == 0 {
+	if !g.passed(off, l.dep) && l.consumer == 0 {
 		g.settleAhead(off, l)
 		return
 	}
@@ -402,6 +409,14 @@ func (e *Engine) setPosition(g *group, id StreamID) error {
 		g.rewind(next)
 	} else {
 		g.advance(next)
+		for dep, p := range g.parts {
+			g.pass(dep, p, next)
+			for i := range p.open {
+				if s := &p.open[i]; s.after.less(id) {
+					s.after = id
+				}
+			}
+		}
 	}
 	g.dirty = true
 	return nil

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -107,9 +108,13 @@ func changeGroupSettings(s engine.GroupSettings, body []byte) (engine.GroupSetti
 			return s, errs.New(errs.InvalidBody, "a deployment has 1 to %d characters out of A-Z a-z 0-9 _ -", limits.NameBytesMax)
 		}
 	}
-	if len(w.ExcludeDeployments) > 0 {
-		// The position that all messages pass would leave the excluded ones behind it for good.
-		return s, errs.New(errs.Unsupported, "excludeDeployments is not supported by this release: name a deployment in each receive, or in the group's settings")
+	switch {
+	case w.DeploymentID != "" && len(w.ExcludeDeployments) > 0:
+		return s, errs.New(errs.InvalidBody, "deploymentId and excludeDeployments contradict each other")
+	case slices.Contains(w.ExcludeDeployments, ""):
+		return s, errs.New(errs.InvalidBody, "excludeDeployments holds an empty name")
+	case len(w.ExcludeDeployments) > limits.DeploymentsPerGroupMax:
+		return s, errs.New(errs.InvalidBody, "excludeDeployments holds more than %d names", limits.DeploymentsPerGroupMax)
 	}
 	out := s
 	out.Paused, out.MaxDeliveries, out.Park, out.MaxConcurrency = w.Paused, w.MaxDeliveries, w.Park, w.MaxConcurrency

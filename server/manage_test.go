@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -167,13 +168,17 @@ func TestManageGroups(t *testing.T) {
 		t.Errorf("group %+v", g)
 	}
 	var group wire.Group
-	m.do(501, "PATCH", path("begin"), `{"excludeDeployments":["d1"]}`, nil)
+	m.do(200, "PATCH", path("begin"), `{"excludeDeployments":["d2","d1"]}`, &group)
+	if s := group.Settings; !slices.Equal(s.ExcludeDeployments, []string{"d1", "d2"}) {
+		t.Errorf("settings %+v", s)
+	}
+	m.do(200, "PATCH", path("begin"), `{"excludeDeployments":[]}`, nil)
 	m.do(200, "PATCH", path("begin"), `{"maxDeliveries":3,"park":true}`, &group)
 	m.do(200, "PATCH", path("begin"), `{"parkedRetentionSeconds":60}`, &group)
 	if s := group.Settings; s.MaxDeliveries != 3 || !s.Park || s.ParkedRetentionSeconds != 60 {
 		t.Errorf("settings %+v", s)
 	}
-	for _, body := range []string{`{"maxDeliveries":-1}`, `{"maxConcurrency":-1}`, `{"initialDelaySeconds":604801}`, `{"deploymentId":"a b"}`, `{"parkedRetentionSeconds":1e9}`, `{"x":1}`} {
+	for _, body := range []string{`{"maxDeliveries":-1}`, `{"maxConcurrency":-1}`, `{"initialDelaySeconds":604801}`, `{"deploymentId":"a b"}`, `{"excludeDeployments":[""]}`, `{"excludeDeployments":["x"],"deploymentId":"y"}`, `{"parkedRetentionSeconds":1e9}`, `{"x":1}`} {
 		expect(t, call(t, "PATCH", base+path("begin"), []byte(body)), 400, "invalid_body")
 	}
 	for _, body := range []string{`{"at":"middle"}`, `{"at":"time"}`, `{"at":"end","time":"` + between + `"}`, `{"at":"id","id":"x"}`, `{}`, ``} {

@@ -1,10 +1,10 @@
 package push
 
 import (
-	"errors"
+	"fmt"
+	"slices"
 	"testing"
 
-	"tercet.dev/tercet/internal/errs"
 	"tercet.dev/tercet/server/wire"
 )
 
@@ -48,17 +48,75 @@ func TestDeployments(t *testing.T) {
 	if _, err := r.DrainDeployment(t.Context(), "red"); err == nil {
 		t.Error("a deployment without subscriptions can be drained")
 	}
-	for _, topic := range []string{"orders", "*", "order-*", "ord*", "order-1"} {
-		_, err := r.CreateSubscription(t.Context(), wire.Subscription{Topic: topic, ConsumerGroup: "g", URL: blue.URL}, false)
-		if !errors.Is(err, errs.Of(errs.Unsupported)) {
-			t.Errorf("a subscription of %s without a deployment beside those with one: %v", topic, err)
-		}
-	}
-	r.create(wire.Subscription{Topic: "other", ConsumerGroup: "g", URL: blue.URL})
 	r.create(wire.Subscription{Topic: "orders", ConsumerGroup: "h", URL: green.URL})
 	for range 10 {
 		p := green.next()
 		r.ack(p)
 		p.reply(200)
+	}
+}
+
+// A subscription without a deployment beside ones that name one gets what no other claims, nothing else, and what was
+// claimed once the claim is gone.
+func TestDeploymentsRest(t *testing.T) {
+	r, blue, rest := newRig(t), newEndpointServer(t), newEndpointServer(t)
+	take := func(e *testEndpointServer, body string) {
+		t.Helper()
+		p := e.next()
+		if string(p.body) != body {
+			t.Errorf("pushed %q, want %q", p.body, body)
+		}
+		r.ack(p)
+		p.reply(200)
+	}
+	r.create(wire.Subscription{Topic: "order*", ConsumerGroup: "g", URL: rest.URL})
+	r.publish("orders", "first for red", "Vqs-Deployment-Id", "red")
+	take(rest, "first for red")
+	r.create(wire.Subscription{Topic: "orders", ConsumerGroup: "g", URL: blue.URL, DeploymentID: "blue"})
+	// Its endpoint answers nothing good: what is claimed stays.
+	dead := newEndpointServer(t)
+	claim := r.create(wire.Subscription{Topic: "orders", ConsumerGroup: "g", URL: dead.URL, DeploymentID: "red", Paused: true})
+	for i := range 3 {
+		r.publish("orders", fmt.Sprint("for red ", i), "Vqs-Deployment-Id", "red")
+		r.publish("orders", "for blue", "Vqs-Deployment-Id", "blue")
+		r.publish("orders", "for anybody")
+		r.publish("orders", "for green", "Vqs-Deployment-Id", "green")
+		take(blue, "for blue")
+		take(rest, "for anybody")
+		take(rest, "for green")
+	}
+	r.settled()
+	blue.none()
+	rest.none()
+	// What is another deployment's does not count.
+	r.publish("orders", "for blue", "Vqs-Deployment-Id", "blue")
+	p := blue.next()
+	for _, d := range []struct {
+		name             string
+		ready, unsettled uint64
+	}{{"red", 3, 0}, {"blue", 0, 1}} {
+		got, err := r.DrainDeployment(t.Context(), d.name)
+		if err != nil || got.Drained || len(got.Groups) != 1 || got.Groups[0].Ready != d.ready || got.Groups[0].Unsettled != d.unsettled {
+			t.Errorf("drain of %s: %+v, %v", d.name, got, err)
+		}
+	}
+	r.ack(p)
+	p.reply(200)
+	if got, err := r.DrainDeployment(t.Context(), "blue"); err != nil || !got.Drained {
+		t.Errorf("drain of blue: %+v, %v", got, err)
+	}
+	if err := r.DeleteSubscription(t.Context(), claim.ID); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 3 {
+		take(rest, fmt.Sprint("for red ", i))
+	}
+	r.publish("orders", "for red", "Vqs-Deployment-Id", "red")
+	take(rest, "for red")
+	r.settled()
+	blue.none()
+	dead.none()
+	if got := r.group("orders", "g").Settings.ExcludeDeployments; !slices.Equal(got, []string{"blue"}) {
+		t.Errorf("excluded: %v", got)
 	}
 }

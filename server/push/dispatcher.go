@@ -361,10 +361,23 @@ type groupSettings struct {
 	initialDelay                  int64
 	// anyDeliveries and anyConcurrency: one of them asks for no bound.
 	anyDeliveries, anyConcurrency bool
+	// claimed are the deployments that subscriptions name, in order. rest: there is a subscription that names none beside
+	// them, or alone. It gets what no other claims.
+	claimed []string
+	rest    bool
+}
+
+// excluded are the deployments that receives without one are to leave alone.
+func (g *groupSettings) excluded() []string {
+	if !g.rest {
+		return nil
+	}
+	return g.claimed
 }
 
 func (g *groupSettings) equal(h *groupSettings) bool {
-	return g.maxDeliveries == h.maxDeliveries && g.maxConcurrency == h.maxConcurrency && g.initialDelay == h.initialDelay
+	return g.maxDeliveries == h.maxDeliveries && g.maxConcurrency == h.maxConcurrency && g.initialDelay == h.initialDelay &&
+		slices.Equal(g.excluded(), h.excluded())
 }
 
 // makePlan distributes the topics. Of several subscriptions that fit one topic, group and deployment, the one with the
@@ -406,8 +419,14 @@ func makePlan(subs []*Subscription, known map[string][]string) *plan {
 			g.anyConcurrency = true
 		}
 		g.initialDelay = max(g.initialDelay, s.InitialDelay)
+		if at.deployment == "" {
+			g.rest = true
+		} else {
+			g.claimed = append(g.claimed, at.deployment)
+		}
 	}
 	for _, g := range p.settings {
+		slices.Sort(g.claimed)
 		if g.anyDeliveries {
 			g.maxDeliveries = 0
 		}

@@ -2,6 +2,7 @@ package push
 
 import (
 	"context"
+	"slices"
 	"sort"
 	"strings"
 	"time"
@@ -72,15 +73,6 @@ func (d *Dispatcher) prepare(ctx context.Context, next, old *Subscription) error
 	if err != nil {
 		return err
 	}
-	for _, s := range subs {
-		// The engine's cursor for receives without a deployment passes over what it is told to leave to others, and the
-		// others then never see it. Until it keeps the two apart, a group has one kind of subscription or the other.
-		if s.ID != next.ID && s.Group == next.Group && (s.Deployment == "") != (next.Deployment == "") && overlap(s.Topic, next.Topic) {
-			e := errs.New(errs.Unsupported, "group %q has subscriptions with and without a deployment for one topic", next.Group)
-			e.Hint = "name a deployment in all of them, or in none"
-			return e
-		}
-	}
 	var before []*Subscription
 	after := []*Subscription{next}
 	for _, s := range subs {
@@ -89,12 +81,9 @@ func (d *Dispatcher) prepare(ctx context.Context, next, old *Subscription) error
 			after = append(after, s)
 		}
 	}
-	prefix, wild := strings.CutSuffix(next.Topic, "*")
-	names := []string{next.Topic}
-	if wild {
-		if names, err = topics(ctx, d.backend, prefix); err != nil {
-			return err
-		}
+	names, err := d.names(ctx, next.Topic)
+	if err != nil {
+		return err
 	}
 	was, will := planFor(before, names), planFor(after, names)
 	for _, topic := range will.topics[next.ID] {
@@ -106,19 +95,12 @@ func (d *Dispatcher) prepare(ctx context.Context, next, old *Subscription) error
 	return nil
 }
 
-// overlap reports whether some topic fits both patterns.
-func overlap(a, b string) bool {
-	prefixA, wildA := strings.CutSuffix(a, "*")
-	prefixB, wildB := strings.CutSuffix(b, "*")
-	switch {
-	case wildA && wildB:
-		return strings.HasPrefix(prefixA, prefixB) || strings.HasPrefix(prefixB, prefixA)
-	case wildA:
-		return strings.HasPrefix(b, prefixA)
-	case wildB:
-		return strings.HasPrefix(a, prefixB)
+// names lists the topics that a pattern stands for now; one that is a name stands for itself.
+func (d *Dispatcher) names(ctx context.Context, pattern string) ([]string, error) {
+	if prefix, wild := strings.CutSuffix(pattern, "*"); wild {
+		return topics(ctx, d.backend, prefix)
 	}
-	return a == b
+	return []string{pattern}, nil
 }
 
 // planFor makes a plan for certain topics alone.
@@ -186,13 +168,39 @@ func (d *Dispatcher) find(ctx context.Context, id string) (*Subscription, error)
 	return s, err
 }
 
-// Delete deletes a subscription. Its groups stay, with what they have done; what is in flight is settled as ever.
+// Delete deletes a subscription. Its groups stay, with what they have done; what is in flight is settled as ever. What
+// it claimed of a deployment is no longer kept from the group's other receives.
 func (d *Dispatcher) Delete(ctx context.Context, id string) error {
-	if _, err := d.find(ctx, id); err != nil {
+	gone, err := d.find(ctx, id)
+	if err != nil {
 		return err
 	}
-	_, err := apply(ctx, d.backend, &engine.Document{Table: Table, Key: id, Delete: true})
-	return err
+	if _, err := apply(ctx, d.backend, &engine.Document{Table: Table, Key: id, Delete: true}); err != nil {
+		return err
+	}
+	subs, err := list(ctx, d.backend)
+	if err != nil {
+		return err
+	}
+	names, err := d.names(ctx, gone.Topic)
+	if err != nil {
+		return err
+	}
+	was, will := planFor(append(slices.Clone(subs), gone), names), planFor(subs, names)
+	for _, topic := range was.topics[id] {
+		key := groupKey{topic, gone.Group}
+		if !was.settings[key].rest {
+			continue // nothing was kept from anybody
+		}
+		left := will.settings[key]
+		if left == nil {
+			left = new(groupSettings)
+		}
+		if err := left.unclaim(ctx, d.backend, topic, gone.Group, was.settings[key].claimed); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Rotate gives a subscription a new signing secret. Pushes are signed with the old ones as well until overlap has

@@ -3,6 +3,7 @@ package push
 import (
 	"context"
 	"encoding/json"
+	"slices"
 	"time"
 
 	"tercet.dev/tercet/engine"
@@ -143,10 +144,37 @@ func (g *groupSettings) ensure(ctx context.Context, b proposer, topic, group str
 	if changed || !exists {
 		want.StartDelay = want.InitialDelay
 	}
+	if g.rest {
+		want.ExcludeDeployments = g.claimed
+	}
 	if exists && want.StartDelay == 0 && want.MaxDeliveries == have.MaxDeliveries && want.MaxConcurrency == have.MaxConcurrency &&
-		want.InitialDelay == have.InitialDelay {
+		want.InitialDelay == have.InitialDelay && slices.Equal(want.ExcludeDeployments, have.ExcludeDeployments) {
 		return nil
 	}
 	_, err = apply(ctx, b, &engine.GroupSet{Topic: topic, Group: group, Create: true, Start: engine.Start{Kind: engine.StartBeginning}, Settings: &want})
+	return err
+}
+
+// unclaim lets receives without a deployment have those that were claimed and are not any more.
+func (g *groupSettings) unclaim(ctx context.Context, b proposer, topic, group string, claimed []string) error {
+	a, err := b.Query(ctx, engine.Query{Kind: engine.QueryGroup, Topic: topic, Group: group, Max: 1})
+	switch code := errs.CodeOf(err); {
+	case code == errs.TopicNotFound || code == errs.GroupNotFound || code == errs.OK && len(a.Groups) == 0:
+		return nil
+	case err != nil:
+		return err
+	}
+	want := a.Groups[0].Settings
+	var kept []string
+	for _, d := range want.ExcludeDeployments {
+		if !slices.Contains(claimed, d) || slices.Contains(g.excluded(), d) {
+			kept = append(kept, d)
+		}
+	}
+	if len(kept) == len(want.ExcludeDeployments) {
+		return nil
+	}
+	want.ExcludeDeployments = kept
+	_, err = apply(ctx, b, &engine.GroupSet{Topic: topic, Group: group, Settings: &want})
 	return err
 }
