@@ -29,13 +29,15 @@ deps: ## install what the tests need besides Go, or print the command that does
 test: deps unit e2e ## unit tests, a fixed sample of the fault tests, one end-to-end run per client
 
 unit:
-	$(GO) test -timeout $(TIMEOUT) $(UNIT)
+	$(GO) test $(TESTFLAGS) -timeout $(TIMEOUT) $(UNIT)
 
 e2e: deps ## end-to-end tests: three real processes, the real clients
-	$(GO) test -count=1 -timeout $(TIMEOUT) ./test/e2e/... ./test/compat/...
+	$(GO) test $(TESTFLAGS) -count=1 -timeout $(TIMEOUT) ./test/e2e/... ./test/compat/...
 
+# One package after the other and with -v, so that progress and seeds are seen while a campaign runs.
 test-all: export TERCET_TEST_ALL = 1
-test-all: TIMEOUT = 6h
+test-all: TIMEOUT = 12h
+test-all: TESTFLAGS = -v -p 1 -count=1
 test-all: deps unit e2e ## the long campaigns: full counts of crashes, power losses and lines
 
 race: ## unit tests under the race detector

@@ -794,7 +794,7 @@ func shrink(t testing.TB, ours, theirs *peer, steps []step) []step {
 
 func TestDifferential(t *testing.T) {
 	sequences, length := 6, 250
-	if os.Getenv("TERCET_CAMPAIGN") != "" {
+	if os.Getenv("TERCET_CAMPAIGN") != "" || os.Getenv("TERCET_TEST_ALL") == "1" {
 		sequences, length = 260, 400
 	}
 	seed := uint64(time.Now().UnixNano())

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
-	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -648,7 +647,7 @@ func randomStreamCommand(r *rand.Rand, m *refModel, keys []string) Command {
 // every entry, and the engine loses its memory, or all of the disk that was not synced, in between.
 func TestStreamModel(t *testing.T) {
 	seeds, steps := 12, 250
-	if os.Getenv("TERCET_CAMPAIGN") != "" {
+	if campaign() {
 		seeds, steps = 400, 1000
 	}
 	first := rand.Uint64()

@@ -19,7 +19,9 @@ import (
 )
 
 // campaign reports whether the long form of a randomised test was asked for.
-func campaign() bool { return os.Getenv("TERCET_CAMPAIGN") != "" }
+func campaign() bool {
+	return os.Getenv("TERCET_CAMPAIGN") != "" || os.Getenv("TERCET_TEST_ALL") == "1"
+}
 
 // testSeed returns a seed, and prints it.
 func testSeed(t *testing.T) uint64 {

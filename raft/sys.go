@@ -10,6 +10,8 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"tercet.dev/tercet/internal/memory"
 )
 
 // memoryBudgetMax bounds the default budget.
@@ -27,14 +29,8 @@ func defaultMemoryBudget() int64 {
 			}
 		}
 	}
-	for _, name := range []string{"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"} {
-		raw, err := os.ReadFile(name)
-		if err != nil {
-			continue
-		}
-		if v, err := strconv.ParseInt(strings.TrimSpace(string(raw)), 10, 64); err == nil && v > 0 {
-			limit = min(limit, v)
-		}
+	if group := memory.CgroupLimit(os.ReadFile); group > 0 {
+		limit = min(limit, group)
 	}
 	return min(limit/4, memoryBudgetMax)
 }

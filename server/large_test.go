@@ -248,7 +248,7 @@ func TestLargeBreaksOff(t *testing.T) {
 // nodes. With TERCET_CAMPAIGN=1 they are ten of 100 MiB.
 func TestLargeMemory(t *testing.T) {
 	count, n := 3, int64(8<<20)
-	if os.Getenv("TERCET_CAMPAIGN") != "" {
+	if os.Getenv("TERCET_CAMPAIGN") != "" || os.Getenv("TERCET_TEST_ALL") == "1" {
 		count, n = 10, limits.LargeMessageBytesMax
 	}
 	nodes := servertest.Nodes(t, 3)

@@ -119,33 +119,6 @@ func TestExampleConfig(t *testing.T) {
 	})
 }
 
-func TestCgroupLimit(t *testing.T) {
-	for _, c := range []struct {
-		v2, v1 string
-		want   int64
-	}{
-		{"max\n", "", 0},
-		{"268435456\n", "", 256 << 20},
-		{"", "268435456\n", 256 << 20},
-		{"", "9223372036854771712\n", 0},
-		{"", "", 0},
-	} {
-		read := func(path string) ([]byte, error) {
-			text := c.v1
-			if strings.HasSuffix(path, "memory.max") {
-				text = c.v2
-			}
-			if text == "" {
-				return nil, os.ErrNotExist
-			}
-			return []byte(text), nil
-		}
-		if got := cgroupLimit(read); got != c.want {
-			t.Errorf("%q, %q: %d, want %d", c.v2, c.v1, got, c.want)
-		}
-	}
-}
-
 func TestNotifySystemd(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "notify")
 	l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})

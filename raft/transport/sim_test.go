@@ -22,7 +22,9 @@ import (
 // every message that was acknowledged is on every node, and all nodes applied the same.
 
 // campaign tells whether the long form was asked for.
-func campaign() bool { return os.Getenv("TERCET_CAMPAIGN") != "" }
+func campaign() bool {
+	return os.Getenv("TERCET_CAMPAIGN") != "" || os.Getenv("TERCET_TEST_ALL") == "1"
+}
 
 // plan says what one run does.
 type plan struct {

@@ -189,7 +189,7 @@ func TestVerifyFinds(t *testing.T) {
 func TestKilled(t *testing.T) {
 	rnd := seed(t)
 	total, kills := 20_000, 8
-	if os.Getenv("TERCET_CAMPAIGN") != "" {
+	if os.Getenv("TERCET_CAMPAIGN") != "" || os.Getenv("TERCET_TEST_ALL") == "1" {
 		total, kills = 1_000_000, 40
 	}
 	from, to := redistest.Start(t), redistest.Start(t)
