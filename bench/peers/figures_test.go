@@ -149,3 +149,59 @@ func TestLinesAreSound(t *testing.T) {
 		t.Error("a line that does not exist was selected")
 	}
 }
+
+// TestValkeyGoals: every goal has a row with its mark, and a system that was not measured none.
+func TestValkeyGoals(t *testing.T) {
+	v := &valkeyResults{results: &results{At: time.Unix(0, 0)}}
+	for _, l := range (valkeyShape{rounds: 1, one: 1, many: 1}).lines() {
+		r := lineResult{line: l}
+		for i, c := range l.Contenders {
+			m := measurement{Contender: c, Round: 1, Workload: l.W, MessagesPerSecond: float64(500 - 300*i), AcknowledgedPerSecond: float64(500 - 300*i)}
+			m.Publish = bench.Percentiles{Count: 1, P50: int64(300 + 100*i), P99: int64(900 - 100*i)}
+			if l.Drain {
+				m.Phase = "drain"
+			}
+			if l.W.Timed {
+				m.EndToEnd = &bench.Percentiles{Count: 1, P50: 800, P99: 2000}
+			}
+			r.Measurements = append(r.Measurements, m)
+		}
+		v.Lines = append(v.Lines, r)
+	}
+	v.Goals = v.goals()
+	// 12 XADD lines, 10 with two goals; two reads; two of the latency.
+	if len(v.Goals) != 2+20+2+2 {
+		t.Fatalf("%d goals", len(v.Goals))
+	}
+	met := map[string]bool{}
+	for _, g := range v.Goals {
+		met[g.Figure] = *g.Met
+	}
+	for figure, want := range map[string]bool{
+		"XADD 1 KiB, 1 client, pipeline 1: p50":            true,
+		"XADD 1 KiB, 256 clients, pipeline 1: throughput":  true,
+		"XADD 1 KiB, 256 clients, pipeline 16: throughput": false,
+		"XADD 100 B, 50 clients, pipeline 1: p99":          false,
+		"XREADGROUP COUNT 1 + XACK, 50 consumers":          true,
+	} {
+		if got, ok := met[figure]; !ok || got != want {
+			t.Errorf("%s: %t, %t", figure, got, ok)
+		}
+	}
+	v.Raw = []rawFigure{{System: sysTercet, Args: "XADD", Rate: 1000}, {System: sysRedis, Args: "XADD", Error: "gone"}}
+	for _, want := range []string{"| XADD 1 KiB, 50 clients, pipeline 16: throughput | ≥ 3 × | 2.50 × Redis | ✗ |", "0.80 ms", "| XADD | 1 000 | 0.00 | gone | – |"} {
+		if !strings.Contains(v.markdown(), want) {
+			t.Errorf("%q is not in\n%s", want, v.markdown())
+		}
+	}
+}
+
+func TestParseRedisBenchmark(t *testing.T) {
+	rate, p50, err := parseRedisBenchmark("XADD k * f v: rps=0.0 (overall: nan) avg_msec=nan\rXADD k * body x: 13245.03 requests per second, p50=16.399 msec\n\n")
+	if rate != 13245.03 || p50 != 16.399 || err != nil {
+		t.Errorf("%v, %v, %v", rate, p50, err)
+	}
+	if _, _, err := parseRedisBenchmark("Could not connect"); err == nil {
+		t.Error("nonsense is read")
+	}
+}

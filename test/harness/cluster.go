@@ -27,6 +27,9 @@ type Options struct {
 	NodeArgs func(id string) []string
 	// DataDir returns a node's data directory; nil for one below the cluster's own.
 	DataDir func(id string) string
+	// TLS is spoken on the HTTP and Valkey ports with the server's certificate of these; nil for none. That clients have to
+	// have certificates as well is up to Args.
+	TLS *Certificates
 }
 
 // A Cluster is a set of nodes that were started with the same list of peers.
@@ -101,6 +104,9 @@ func New(tb testing.TB, opts Options) *Cluster {
 		tb.Fatal(err)
 	}
 	transport := &http.Transport{DisableKeepAlives: true}
+	if opts.TLS != nil {
+		transport.TLSClientConfig = opts.TLS.Client
+	}
 	c := &Cluster{TB: tb, Dir: dir, opts: opts, binary: Binary(tb), http: &http.Client{Transport: transport}}
 	// Registered before any process's own clean-up, so it runs after them.
 	tb.Cleanup(func() {
@@ -210,6 +216,9 @@ func (c *Cluster) Peers() string {
 func (n *Node) Arguments() []string {
 	args := []string{"server", "--node-id", n.ID, "--zone", n.Zone, "--data", n.Data,
 		"--http", n.HTTP, "--peer", n.Peer, "--valkey", n.Valkey}
+	if c := n.c.opts.TLS; c != nil {
+		args = append(args, "--tls-cert", c.ServerCert, "--tls-key", c.ServerKey)
+	}
 	args = append(args, n.c.opts.Args...)
 	if n.c.opts.NodeArgs != nil {
 		args = append(args, n.c.opts.NodeArgs(n.ID)...)
@@ -325,7 +334,12 @@ func (n *Node) DataBytes() int64 {
 }
 
 // URL is the base of the node's HTTP surface.
-func (n *Node) URL() string { return "http://" + n.HTTP }
+func (n *Node) URL() string {
+	if n.c.opts.TLS != nil {
+		return "https://" + n.HTTP
+	}
+	return "http://" + n.HTTP
+}
 
 // get decodes the answer of a GET into out, which may be nil. Any status but 200 is an error.
 func (n *Node) get(path string, out any) error {

@@ -4,9 +4,12 @@ package clients
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -74,9 +77,9 @@ func (k valkeyClient) text(r valkey.ValkeyResult) (string, error) {
 }
 
 func (k valkeyClient) build(args []string) valkey.Completed {
-	b := k.c.B().Arbitrary(args[0])
-	for _, a := range args[1:] {
-		b = b.Args(a)
+	b := k.c.B().Arbitrary(args[0]).Args(args[1:]...)
+	if slices.Contains(args, "BLOCK") {
+		return b.Blocking() // on a connection of its own
 	}
 	return b.Build()
 }
@@ -129,9 +132,9 @@ func (k rueidisClient) text(r rueidis.RedisResult) (string, error) {
 }
 
 func (k rueidisClient) build(args []string) rueidis.Completed {
-	b := k.c.B().Arbitrary(args[0])
-	for _, a := range args[1:] {
-		b = b.Args(a)
+	b := k.c.B().Arbitrary(args[0]).Args(args[1:]...)
+	if slices.Contains(args, "BLOCK") {
+		return b.Blocking() // on a connection of its own
 	}
 	return b.Build()
 }
@@ -152,12 +155,23 @@ func (k rueidisClient) pipeline(ctx context.Context, cmds [][]string) (out []str
 	return out, err
 }
 
-func (k rueidisClient) transaction(ctx context.Context, cmds [][]string) ([]string, error) {
-	out, err := k.pipeline(ctx, append(append([][]string{{"MULTI"}}, cmds...), []string{"EXEC"}))
-	if err != nil {
-		return nil, err
-	}
-	return strings.Fields(strings.Trim(out[len(out)-1], "[]")), nil
+func (k rueidisClient) transaction(ctx context.Context, cmds [][]string) (out []string, err error) {
+	err = k.c.Dedicated(func(d rueidis.DedicatedClient) error {
+		list := rueidis.Commands{d.B().Multi().Build()}
+		for _, c := range cmds {
+			// The key tells a cluster client which node the transaction is for.
+			list = append(list, d.B().Arbitrary(c[0]).Keys(c[1]).Args(c[2:]...).Build())
+		}
+		list = append(list, d.B().Exec().Build())
+		results := d.DoMulti(ctx, list...)
+		replies, err := results[len(results)-1].ToArray()
+		for _, m := range replies {
+			v, _ := m.ToAny()
+			out = append(out, show(v))
+		}
+		return err
+	})
+	return out, err
 }
 
 func (k rueidisClient) close() { k.c.Close() }
@@ -209,14 +223,33 @@ func (k goRedisClient) transaction(ctx context.Context, cmds [][]string) ([]stri
 
 func (k goRedisClient) close() { k.c.Close() }
 
-type redigoClient struct{ c redis.Conn }
+// redigoClient is a connection, and another one once it is broken: redigo leaves that to the application.
+type redigoClient struct {
+	addr string
+	c    redis.Conn
+}
 
-func (k redigoClient) do(_ context.Context, args ...string) (string, error) {
+func (k *redigoClient) again() error {
+	if k.c.Err() == nil {
+		return nil
+	}
+	k.c.Close()
+	c, err := dialRedigo(k.addr)
+	if err == nil {
+		k.c = c
+	}
+	return err
+}
+
+func (k *redigoClient) do(_ context.Context, args ...string) (string, error) {
+	if err := k.again(); err != nil {
+		return "", err
+	}
 	v, err := k.c.Do(args[0], anys(args[1:])...)
 	return show(v), err
 }
 
-func (k redigoClient) pipeline(_ context.Context, cmds [][]string) (out []string, err error) {
+func (k *redigoClient) pipeline(_ context.Context, cmds [][]string) (out []string, err error) {
 	for _, c := range cmds {
 		if err := k.c.Send(c[0], anys(c[1:])...); err != nil {
 			return nil, err
@@ -232,7 +265,7 @@ func (k redigoClient) pipeline(_ context.Context, cmds [][]string) (out []string
 	return out, err
 }
 
-func (k redigoClient) transaction(ctx context.Context, cmds [][]string) ([]string, error) {
+func (k *redigoClient) transaction(ctx context.Context, cmds [][]string) ([]string, error) {
 	out, err := k.pipeline(ctx, append(append([][]string{{"MULTI"}}, cmds...), []string{"EXEC"}))
 	if err != nil {
 		return nil, err
@@ -240,49 +273,117 @@ func (k redigoClient) transaction(ctx context.Context, cmds [][]string) ([]strin
 	return strings.Fields(strings.Trim(out[len(out)-1], "[]")), nil
 }
 
-func (k redigoClient) close() { k.c.Close() }
+func (k *redigoClient) close() { k.c.Close() }
+
+// Who the clients are: a user with a password, or nobody, over TLS with a certificate, or without.
+var user, password = os.Getenv("TERCET_VALKEY_USER"), os.Getenv("TERCET_VALKEY_PASSWORD")
+
+var secure = func() *tls.Config {
+	path := os.Getenv("TERCET_VALKEY_CA")
+	if path == "" {
+		return nil
+	}
+	ca, err := os.ReadFile(path)
+	if err != nil {
+		panic(err)
+	}
+	cert, err := tls.LoadX509KeyPair(os.Getenv("TERCET_VALKEY_CERT"), os.Getenv("TERCET_VALKEY_KEY"))
+	if err != nil {
+		panic(err)
+	}
+	c := &tls.Config{RootCAs: x509.NewCertPool(), Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS12}
+	c.RootCAs.AppendCertsFromPEM(ca)
+	return c
+}()
+
+func valkeyOption(addr string) valkey.ClientOption {
+	return valkey.ClientOption{InitAddress: []string{addr}, Username: user, Password: password, TLSConfig: secure}
+}
+
+func rueidisOption(addr string) rueidis.ClientOption {
+	return rueidis.ClientOption{InitAddress: []string{addr}, Username: user, Password: password, TLSConfig: secure}
+}
+
+// goRedisOption leaves time for blocking reads, which the client does not know from others when they are sent by Do.
+func goRedisOption(addr string) *goredis.UniversalOptions {
+	return &goredis.UniversalOptions{Addrs: []string{addr}, Username: user, Password: password, TLSConfig: secure, ReadTimeout: time.Minute}
+}
+
+func dialRedigo(addr string) (redis.Conn, error) {
+	options := []redis.DialOption{redis.DialUsername(user), redis.DialPassword(password)}
+	if secure != nil {
+		options = append(options, redis.DialUseTLS(true), redis.DialTLSConfig(secure))
+	}
+	return redis.Dial("tcp", addr, options...)
+}
 
 var clients = map[string]func(addr string) (client, error){
 	"valkey-go": func(addr string) (client, error) {
-		c, err := valkey.NewClient(valkey.ClientOption{InitAddress: []string{addr}})
+		c, err := valkey.NewClient(valkeyOption(addr))
 		return valkeyClient{c}, err
 	},
 	"valkey-go RESP2": func(addr string) (client, error) {
-		c, err := valkey.NewClient(valkey.ClientOption{InitAddress: []string{addr}, AlwaysRESP2: true, DisableCache: true})
+		o := valkeyOption(addr)
+		o.AlwaysRESP2, o.DisableCache = true, true
+		c, err := valkey.NewClient(o)
 		return valkeyClient{c}, err
 	},
 	"rueidis": func(addr string) (client, error) {
-		c, err := rueidis.NewClient(rueidis.ClientOption{InitAddress: []string{addr}})
+		c, err := rueidis.NewClient(rueidisOption(addr))
+		return rueidisClient{c}, err
+	},
+	"rueidis RESP2": func(addr string) (client, error) {
+		o := rueidisOption(addr)
+		o.AlwaysRESP2, o.DisableCache = true, true
+		c, err := rueidis.NewClient(o)
 		return rueidisClient{c}, err
 	},
 	"go-redis": func(addr string) (client, error) {
-		return goRedisClient{goredis.NewClient(&goredis.Options{Addr: addr})}, nil
+		return goRedisClient{goredis.NewClient(goRedisOption(addr).Simple())}, nil
 	},
 	"go-redis RESP2": func(addr string) (client, error) {
-		return goRedisClient{goredis.NewClient(&goredis.Options{Addr: addr, Protocol: 2})}, nil
+		o := goRedisOption(addr)
+		o.Protocol = 2
+		return goRedisClient{goredis.NewClient(o.Simple())}, nil
 	},
 	"redigo": func(addr string) (client, error) {
-		c, err := redis.Dial("tcp", addr)
-		return redigoClient{c}, err
+		c, err := dialRedigo(addr)
+		if err != nil {
+			return nil, err
+		}
+		return &redigoClient{addr: addr, c: c}, nil
 	},
 }
 
 // clusterClients follow CLUSTER SLOTS and MOVED.
 var clusterClients = map[string]func(addr string) (client, error){
-	"valkey-go": clients["valkey-go"],
-	"rueidis":   clients["rueidis"],
+	"valkey-go":       clients["valkey-go"],
+	"valkey-go RESP2": clients["valkey-go RESP2"],
+	"rueidis":         clients["rueidis"],
+	"rueidis RESP2":   clients["rueidis RESP2"],
 	"go-redis cluster": func(addr string) (client, error) {
-		return goRedisClient{goredis.NewClusterClient(&goredis.ClusterOptions{Addrs: []string{addr}})}, nil
+		return goRedisClient{goredis.NewClusterClient(goRedisOption(addr).Cluster())}, nil
 	},
+	"go-redis cluster RESP2": func(addr string) (client, error) {
+		o := goRedisOption(addr)
+		o.Protocol = 2
+		return goRedisClient{goredis.NewClusterClient(o.Cluster())}, nil
+	},
+}
+
+// inCluster says that the nodes run with --valkey-mode cluster.
+var inCluster = os.Getenv("TERCET_VALKEY_MODE") == "cluster"
+
+func connectors() map[string]func(addr string) (client, error) {
+	if inCluster {
+		return clusterClients
+	}
+	return clients
 }
 
 // TestClients does the same work with every client through every node.
 func TestClients(t *testing.T) {
-	list := clients
-	if os.Getenv("TERCET_VALKEY_MODE") == "cluster" {
-		list = clusterClients
-	}
-	for name, connect := range list {
+	for name, connect := range connectors() {
 		for i, addr := range nodes(t) {
 			t.Run(fmt.Sprintf("%s node %d", name, i+1), func(t *testing.T) {
 				t.Parallel()
@@ -369,7 +470,7 @@ func TestPubSub(t *testing.T) {
 	addrs := nodes(t)
 	var subs []*goredis.PubSub
 	for _, addr := range addrs {
-		c := goredis.NewClient(&goredis.Options{Addr: addr})
+		c := goredis.NewClient(goRedisOption(addr).Simple())
 		defer c.Close()
 		p := c.Subscribe(ctx, "news")
 		defer p.Close()
@@ -378,7 +479,7 @@ func TestPubSub(t *testing.T) {
 		}
 		subs = append(subs, p)
 	}
-	c := goredis.NewClient(&goredis.Options{Addr: addrs[0]})
+	c := goredis.NewClient(goRedisOption(addrs[0]).Simple())
 	defer c.Close()
 	n, err := c.Publish(ctx, "news", "hello").Result()
 	if err != nil || int(n) != len(addrs) {
