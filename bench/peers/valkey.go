@@ -34,6 +34,14 @@ func xadd(size, clients, pipeline int) string {
 	return fmt.Sprintf("xadd-%d-%d-p%d", size, clients, pipeline)
 }
 
+func xaddTitle(size, clients, pipeline int) string {
+	who := "1 client"
+	if clients > 1 {
+		who = fmt.Sprintf("%d clients", clients)
+	}
+	return fmt.Sprintf("XADD %s, %s, pipeline %d", bench.FormatBytes(int64(size)), who, pipeline)
+}
+
 // The lines beside XADD's.
 const (
 	lineReadOne  = "read-1"
@@ -61,7 +69,7 @@ func (s valkeyShape) lines() []line {
 		for _, clients := range xaddClients {
 			for _, pipeline := range xaddPipelines {
 				l := line{Name: xadd(size, clients, pipeline), W: base, Contenders: who, Rounds: s.rounds}
-				l.Title = fmt.Sprintf("XADD %s, %d clients, pipeline %d", bench.FormatBytes(int64(size)), clients, pipeline)
+				l.Title = xaddTitle(size, clients, pipeline)
 				l.W.Size, l.W.Publishers, l.W.Batch = size, clients, pipeline
 				all = append(all, l)
 			}
@@ -253,10 +261,7 @@ func (v *valkeyResults) goals() []verdict {
 		for _, clients := range xaddClients {
 			for _, pipeline := range xaddPipelines {
 				name := xadd(size, clients, pipeline)
-				figure := fmt.Sprintf("XADD %s, %d clients, pipeline %d", bench.FormatBytes(int64(size)), clients, pipeline)
-				if clients == 1 {
-					figure = strings.Replace(figure, "1 clients", "1 client", 1)
-				}
+				figure := xaddTitle(size, clients, pipeline)
 				if clients == 1 && pipeline == 1 {
 					// One request after the other: the rate is the latency.
 					compare(figure+": p50", name, "", median, 1)
