@@ -49,17 +49,19 @@ func (a *acks) advance() {
 	var index uint64
 	zones := 0
 	for _, o := range ready {
-		if o.index != index {
-			index, zones = o.index, a.zones(o.index)
+		if o.reply.Index != index {
+			index = o.reply.Index
+			zones = a.zones(index)
 		}
-		o.end(outcome{kind: replied, zones: zones})
+		o.reply.Zones = zones
 	}
+	repliedTo(ready)
 }
 
 // reached moves the head of queue up to index mark to ready.
 func reached(queue []*op, mark uint64, ready []*op) (rest, out []*op) {
 	n := 0
-	for n < len(queue) && (queue[n].index <= mark || queue[n].dropped.Load()) {
+	for n < len(queue) && (queue[n].reply.Index <= mark || queue[n].dropped.Load()) {
 		n++
 	}
 	ready = append(ready, queue[:n]...)

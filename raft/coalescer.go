@@ -1,6 +1,7 @@
 package raft
 
 import (
+	"runtime"
 	"sync"
 	"time"
 	"unsafe"
@@ -13,7 +14,10 @@ import (
 // entriesInFlight is how many entries are proposed and not yet applied at a time. While there is room, an op is
 // proposed at once; when there is none, ops gather, and the next entry takes all of them. Batches form by
 // themselves under load, and a single publisher never waits for company.
-const entriesInFlight = 4
+const entriesInFlight = 3
+
+// gatherRounds bounds how often the coalescer lets others run before it makes an entry.
+const gatherRounds = 16
 
 // pressurePoll is how often the log is looked at while it has too much that is not synced.
 const pressurePoll = 2 * time.Millisecond
@@ -318,6 +322,7 @@ func (c *coalescer) run(stop <-chan struct{}) {
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
 	for {
+		c.settleDown()
 		b, wait := c.next()
 		if b != nil {
 			c.env.propose(b.entry)
@@ -333,6 +338,23 @@ func (c *coalescer) run(stop <-chan struct{}) {
 		case <-c.wake:
 		case <-timer.C:
 		}
+	}
+}
+
+// settleDown lets the callers that were just answered bring what they want next, as long as they do: one entry for
+// all of them instead of one for the first and one for the rest.
+func (c *coalescer) settleDown() {
+	seen := 0
+	for range gatherRounds {
+		c.mu.Lock()
+		n := len(c.queue) - c.head
+		full := c.mode != open || len(c.inFlight) >= entriesInFlight
+		c.mu.Unlock()
+		if full || n == seen {
+			return
+		}
+		seen = n
+		runtime.Gosched()
 	}
 }
 

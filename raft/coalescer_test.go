@@ -78,7 +78,7 @@ func (o *outcomes) of(number uint64) (outcome, bool) {
 }
 
 func publishOp(number uint64, size int, to origin) *op {
-	o := &op{intake: 1, number: number, lowest: 1, cmd: publishCommand("t", string(make([]byte, size))), from: to}
+	o := &op{intake: 1, number: number, lowest: 1, request: request{cmd: publishCommand("t", string(make([]byte, size)))}, from: to}
 	if err := o.inspect(); err != nil {
 		panic(err)
 	}
@@ -226,7 +226,7 @@ func TestAcks(t *testing.T) {
 	var out outcomes
 	add := func(number, index uint64, r Require) {
 		o := publishOp(number, 1, &out)
-		o.index, o.require = index, r
+		o.reply.Index, o.require = index, r
 		a.add(o, InSync)
 	}
 	add(1, 10, Default)

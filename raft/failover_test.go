@@ -154,7 +154,7 @@ func TestRepeatedReceiveGetsWhatItWasGiven(t *testing.T) {
 			t.Fatal(err)
 		}
 		give := func(repeat bool) *op {
-			o := &op{intake: n.intake.id, number: 1 << 10, lowest: 1, cmd: cmd, repeat: repeat}
+			o := &op{intake: n.intake.id, number: 1 << 10, lowest: 1, request: request{cmd: cmd}, repeat: repeat}
 			if err := o.inspect(); err != nil {
 				t.Fatal(err)
 			}
@@ -176,9 +176,9 @@ func TestRepeatedReceiveGetsWhatItWasGiven(t *testing.T) {
 			return o
 		}
 		first, again := give(false), give(true)
-		if len(first.result.Deliveries) != 1 || len(again.result.Deliveries) != 1 || !again.result.Repeat ||
-			first.result.Deliveries[0].Receipt != again.result.Deliveries[0].Receipt {
-			t.Fatalf("%s: first %+v, again %+v", name, first.result, again.result)
+		if len(first.reply.Result.Deliveries) != 1 || len(again.reply.Result.Deliveries) != 1 || !again.reply.Result.Repeat ||
+			first.reply.Result.Deliveries[0].Receipt != again.reply.Result.Deliveries[0].Receipt {
+			t.Fatalf("%s: first %+v, again %+v", name, first.reply.Result, again.reply.Result)
 		}
 	}
 }

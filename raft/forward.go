@@ -147,10 +147,10 @@ func appendOutcome(b []byte, o *op, out outcome) []byte {
 	b = append(b, forwardVersion, byte(out.kind))
 	switch out.kind {
 	case replied:
-		b = binary.AppendUvarint(b, o.index)
-		b = binary.AppendUvarint(b, o.term)
+		b = binary.AppendUvarint(b, o.reply.Index)
+		b = binary.AppendUvarint(b, o.reply.Term)
 		b = binary.AppendUvarint(b, uint64(out.zones))
-		b = engine.AppendResult(b, &o.result)
+		b = engine.AppendResult(b, &o.reply.Result)
 	case refused:
 		b = binary.AppendUvarint(b, uint64(out.err.Code))
 		b = appendBytes(b, out.err.Message)
@@ -162,7 +162,7 @@ func appendOutcome(b []byte, o *op, out outcome) []byte {
 		}
 		b = append(b, flags)
 	case stillWaiting:
-		b = binary.AppendUvarint(b, uint64(o.result.Code))
+		b = binary.AppendUvarint(b, uint64(o.reply.Result.Code))
 	}
 	return b
 }
@@ -176,13 +176,13 @@ func decodeOutcome(b []byte, o *op) (outcome, error) {
 	out := outcome{kind: outcomeKind(r.u8())}
 	switch out.kind {
 	case replied:
-		o.index, o.term = r.uvarint(), r.uvarint()
+		o.reply.Index, o.reply.Term = r.uvarint(), r.uvarint()
 		out.zones = int(r.uvarint())
 		if r.bad {
 			return outcome{}, errMalformed
 		}
 		var err error
-		if o.result, err = engine.DecodeResult(r.b); err != nil {
+		if o.reply.Result, err = engine.DecodeResult(r.b); err != nil {
 			return outcome{}, err
 		}
 		r.b = nil
@@ -201,7 +201,7 @@ func decodeOutcome(b []byte, o *op) (outcome, error) {
 		if code > 1<<16-1 {
 			return outcome{}, errMalformed
 		}
-		o.result = engine.Result{Code: errs.Code(code)}
+		o.reply.Result = engine.Result{Code: errs.Code(code)}
 	default:
 		return outcome{}, errMalformed
 	}
@@ -306,12 +306,12 @@ type forwardedRequest struct {
 }
 
 func (f *forwardedRequest) finish(o *op, out outcome) {
-	if out.kind != replied || !o.result.HasContents() {
+	if out.kind != replied || !o.reply.Result.HasContents() {
 		f.r.Reply(appendOutcome(make([]byte, 0, 64), o, out))
 		return
 	}
 	f.n.spawn(func() { // unless the node stops: then the connection's end is the answer
-		if err := f.n.load(&o.result); err != nil {
+		if err := f.n.load(&o.reply.Result); err != nil {
 			f.r.Fail(peer.CodeFailed, err.Error())
 			return
 		}
@@ -374,8 +374,8 @@ func (n *Node) serveCommand(ctx context.Context, body []byte) ([]byte, error) {
 		n.dropOp(o)
 		return nil, context.Cause(ctx)
 	}
-	if out.kind == replied && o.result.HasContents() {
-		if err := n.load(&o.result); err != nil {
+	if out.kind == replied && o.reply.Result.HasContents() {
+		if err := n.load(&o.reply.Result); err != nil {
 			return nil, err
 		}
 	}

@@ -13,9 +13,9 @@ import (
 func TestForwardedCommandRoundTrip(t *testing.T) {
 	now := time.Now()
 	for _, o := range []*op{
-		{intake: 7, number: 9, lowest: 3, cmd: publishCommand("t", "x", "y"), require: AllZones},
-		{intake: 1 << 60, number: 1 << 50, lowest: 1, cmd: receiveCommand("t", "g", 10), repeat: true, since: now.Add(-3 * time.Second), parkUntil: now.Add(time.Second)},
-		{cmd: (&engine.OpenIntake{Node: "n1.x", Nonce: 5}).AppendTo(nil), require: Majority},
+		{intake: 7, number: 9, lowest: 3, request: request{cmd: publishCommand("t", "x", "y"), require: AllZones}},
+		{intake: 1 << 60, number: 1 << 50, lowest: 1, request: request{cmd: receiveCommand("t", "g", 10), since: now.Add(-3 * time.Second)}, repeat: true, parkUntil: now.Add(time.Second)},
+		{request: request{cmd: (&engine.OpenIntake{Node: "n1.x", Nonce: 5}).AppendTo(nil), require: Majority}},
 	} {
 		if err := o.inspect(); err != nil {
 			t.Fatal(err)
@@ -37,18 +37,18 @@ func TestOutcomeRoundTrip(t *testing.T) {
 		o   *op
 		out outcome
 	}{
-		{&op{index: 5, term: 2, result: engine.Result{Published: engine.Published{Index: 5, Count: 2}}}, outcome{kind: replied, zones: 3}},
-		{&op{result: engine.Result{Codes: []errs.Code{errs.OK, errs.NotHolder}, Repeat: true}}, outcome{kind: replied}},
+		{&op{reply: Reply{Index: 5, Term: 2, Result: engine.Result{Published: engine.Published{Index: 5, Count: 2}}}}, outcome{kind: replied, zones: 3}},
+		{&op{reply: Reply{Result: engine.Result{Codes: []errs.Code{errs.OK, errs.NotHolder}, Repeat: true}}}, outcome{kind: replied}},
 		{&op{}, outcome{kind: refused, err: &errs.Error{Code: errs.DiskFull, Message: "n2", RetryAfter: 5 * time.Second}}},
 		{&op{}, outcome{kind: again, proposed: true}},
 		{&op{}, outcome{kind: again}},
-		{&op{result: engine.Result{Code: errs.ConcurrencyLimit}}, outcome{kind: stillWaiting}},
+		{&op{reply: Reply{Result: engine.Result{Code: errs.ConcurrencyLimit}}}, outcome{kind: stillWaiting}},
 	} {
 		b := appendOutcome(nil, c.o, c.out)
 		var o op
 		out, err := decodeOutcome(b, &o)
-		if err != nil || !reflect.DeepEqual(out, c.out) || o.index != c.o.index || o.term != c.o.term || !reflect.DeepEqual(o.result, c.o.result) {
-			t.Errorf("sent %+v %+v\ngot  %+v %+v, %v", c.out, c.o.result, out, o.result, err)
+		if err != nil || !reflect.DeepEqual(out, c.out) || o.reply.Index != c.o.reply.Index || o.reply.Term != c.o.reply.Term || !reflect.DeepEqual(o.reply.Result, c.o.reply.Result) {
+			t.Errorf("sent %+v %+v\ngot  %+v %+v, %v", c.out, c.o.reply.Result, out, o.reply.Result, err)
 		}
 		for i := range b {
 			if out, err := decodeOutcome(b[:i], &o); err == nil && out.kind != replied {
@@ -60,7 +60,7 @@ func TestOutcomeRoundTrip(t *testing.T) {
 
 func FuzzForwardedCommand(f *testing.F) {
 	now := time.Now()
-	o := &op{intake: 7, number: 9, lowest: 3, cmd: publishCommand("t", "x")}
+	o := &op{intake: 7, number: 9, lowest: 3, request: request{cmd: publishCommand("t", "x")}}
 	f.Add(append(appendCommand(nil, o, now), o.cmd...))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		o, err := decodeForwarded(b, now)
@@ -71,7 +71,7 @@ func FuzzForwardedCommand(f *testing.F) {
 }
 
 func FuzzOutcome(f *testing.F) {
-	f.Add(appendOutcome(nil, &op{index: 5}, outcome{kind: replied, zones: 3}))
+	f.Add(appendOutcome(nil, &op{reply: Reply{Index: 5}}, outcome{kind: replied, zones: 3}))
 	f.Add(appendOutcome(nil, &op{}, outcome{kind: refused, err: errs.New(errs.DiskFull, "n2")}))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var o op

@@ -68,7 +68,7 @@ func TestClosedIntakeIsOpenedAnew(t *testing.T) {
 		// What closes an intake: another opening of its node, or silence.
 		opening := &engine.OpenIntake{Node: n.id, Nonce: 4711}
 		closed := make(chan outcome, 1)
-		c.node(c.leader()).coal.enqueue(&op{cmd: opening.AppendTo(nil), kind: opening.Kind(), require: Majority,
+		c.node(c.leader()).coal.enqueue(&op{request: request{cmd: opening.AppendTo(nil), kind: opening.Kind(), require: Majority},
 			from: originFunc(func(_ *op, out outcome) { closed <- out })})
 		if out := <-closed; out.kind != replied {
 			t.Fatalf("%+v", out)

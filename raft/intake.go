@@ -85,7 +85,7 @@ type intake struct {
 	numberedAt time.Time
 	// timed counts the calls with a deadline of their own.
 	timed int
-	// told are submitted calls whose outcome is to be passed on once the lock is released.
+	// told are calls whose outcome is to be passed on once the lock is released.
 	told []*call
 	// kick wakes the flusher when something is held and could be sent.
 	kick chan struct{}
@@ -95,15 +95,8 @@ type intake struct {
 type call struct {
 	number  uint64
 	attempt uint32
-	cmd     []byte
-	kind    engine.Kind
-	topic   []byte
-	ref     engine.GroupRef
-	count   int
-	receive *engine.Receive
-	require Require
-	// since is when a receive began to wait, waitUntil when it gives up; zero for other commands.
-	since, waitUntil time.Time
+	// waitUntil is when a receive gives up waiting; zero for other commands.
+	waitUntil time.Time
 	// stop ends the waiting when it is closed.
 	stop <-chan struct{}
 
@@ -128,11 +121,12 @@ type call struct {
 	// deadline ends a submitted call; zero for none.
 	deadline time.Time
 
+	// first is the op of the first attempt; it says what is asked.
 	first op
-	// done is closed with the outcome, unless there is a function to call.
+	// done is told of the outcome, unless there is a function to call. reply is nil with err, and the op's with a reply.
 	done   chan struct{}
 	notify func(*call)
-	reply  Reply
+	reply  *Reply
 	err    *errs.Error
 }
 
@@ -147,22 +141,30 @@ func (in *intake) unlock() {
 	in.told = nil
 	in.mu.Unlock()
 	for _, c := range told {
-		c.notify(c)
+		c.tell()
 	}
 }
 
 // tellLocked gives c's caller the outcome, once.
-func (in *intake) tellLocked(c *call, reply Reply, err *errs.Error) {
+func (in *intake) tellLocked(c *call, reply *Reply, err *errs.Error) {
 	c.reply, c.err = reply, err
 	if !c.deadline.IsZero() {
 		in.timed--
 	}
+	in.told = append(in.told, c)
+}
+
+// tell passes the outcome on, without the intake's lock: whoever is woken may come back at once.
+func (c *call) tell() {
 	if c.notify != nil {
-		in.told = append(in.told, c)
+		c.notify(c)
 		return
 	}
-	close(c.done)
+	c.done <- struct{}{} // there is room for the one outcome
 }
+
+// doneChannels holds channels without content, for calls that are waited for.
+var doneChannels = sync.Pool{New: func() any { return make(chan struct{}, 1) }}
 
 // submit takes a command without waiting for its outcome: c.notify is called with it. Ordered calls are applied in the
 // order in which they were submitted.
@@ -171,15 +173,15 @@ func (in *intake) submit(c *call) {
 	defer in.unlock()
 	err := in.closing
 	if err == nil {
-		err = in.roomLocked(len(c.cmd))
+		err = in.roomLocked(len(c.first.cmd))
 	}
 	if err != nil {
 		c.deadline = time.Time{}
-		in.tellLocked(c, Reply{}, err)
+		in.tellLocked(c, nil, err)
 		return
 	}
 	in.numberLocked(c)
-	in.bytes += int64(len(c.cmd))
+	in.bytes += int64(len(c.first.cmd))
 	if !c.deadline.IsZero() {
 		in.timed++
 		if in.timed == 1 {
@@ -271,24 +273,24 @@ func (in *intake) sendAll(to engine.NodeID, ops []*op) {
 		return
 	}
 	for _, o := range ops {
-		in.complete(o.number, o.attempt, Reply{}, outcome{kind: again, proposed: o.repeat})
+		in.complete(o.number, o.attempt, nil, outcome{kind: again, proposed: o.repeat})
 	}
 }
 
 // do sees a command to its outcome.
 func (in *intake) do(ctx context.Context, c *call) (Reply, *errs.Error) {
-	c.done = make(chan struct{})
 	in.mu.Lock()
 	if in.closing != nil {
 		in.mu.Unlock()
 		return Reply{}, in.closing
 	}
-	if err := in.roomLocked(len(c.cmd)); err != nil {
+	if err := in.roomLocked(len(c.first.cmd)); err != nil {
 		in.mu.Unlock()
 		return Reply{}, err
 	}
+	c.done = doneChannels.Get().(chan struct{})
 	in.numberLocked(c)
-	in.bytes += int64(len(c.cmd))
+	in.bytes += int64(len(c.first.cmd))
 	if in.id == 0 || in.route.node == "" {
 		in.holdLocked(c)
 		in.mu.Unlock()
@@ -297,23 +299,25 @@ func (in *intake) do(ctx context.Context, c *call) (Reply, *errs.Error) {
 		in.mu.Unlock()
 		in.sendOne(to, o)
 	}
-	select {
-	case <-c.done:
-	case <-ctx.Done():
-		in.abandon(c)
-	case <-c.stop:
-		in.endWait(c)
+	stop := c.stop
+	for told := false; !told; {
 		select {
 		case <-c.done:
+			told = true
 		case <-ctx.Done():
 			in.abandon(c)
+			<-c.done
+			told = true
+		case <-stop:
+			in.endWait(c)
+			stop = nil
 		}
 	}
-	<-c.done
+	doneChannels.Put(c.done)
 	if c.err != nil {
 		return Reply{}, c.err
 	}
-	return c.reply, nil
+	return *c.reply, nil
 }
 
 // roomLocked refuses what would break the intake's bounds.
@@ -380,7 +384,7 @@ func (in *intake) findLocked(number uint64) *call {
 func (in *intake) sendLocked(c *call) *op {
 	o := &c.first
 	if c.present != nil {
-		o = new(op)
+		o = &op{request: c.first.request}
 	}
 	c.attempt++
 	c.sent++
@@ -390,8 +394,7 @@ func (in *intake) sendLocked(c *call) *op {
 	c.intake = in.id
 	c.present = o
 	o.intake, o.number, o.lowest, o.attempt = in.id, c.number, in.lowest, c.attempt
-	o.cmd, o.kind, o.topic, o.ref, o.count, o.receive = c.cmd, c.kind, c.topic, c.ref, c.count, c.receive
-	o.require, o.since, o.repeat = c.require, c.since, c.proposed
+	o.repeat = c.proposed
 	if o.ordered = c.ordered; o.ordered {
 		o.floor = in.orderedFirst.number
 		if c.before != nil {
@@ -409,7 +412,10 @@ func (in *intake) sendLocked(c *call) *op {
 }
 
 // sendOne sends one op; when nothing can be sent, it is held again.
-func (in *intake) sendOne(to engine.NodeID, o *op) { in.sendAll(to, []*op{o}) }
+func (in *intake) sendOne(to engine.NodeID, o *op) {
+	o.self[0] = o
+	in.sendAll(to, o.self[:])
+}
 
 // takeBackLocked takes back the present attempt of c and reports whether it is certain that no node proposed it.
 func (c *call) takeBackLocked() bool {
@@ -446,9 +452,9 @@ func (in *intake) unholdLocked(c *call) {
 }
 
 // endLocked gives c its outcome.
-func (in *intake) endLocked(c *call, reply Reply, err *errs.Error) {
+func (in *intake) endLocked(c *call, reply *Reply, err *errs.Error) {
 	in.forgetLocked(c)
-	in.bytes -= int64(len(c.cmd))
+	in.bytes -= int64(len(c.first.cmd))
 	in.unholdLocked(c)
 	if !c.abandoned.IsZero() {
 		return
@@ -457,7 +463,7 @@ func (in *intake) endLocked(c *call, reply Reply, err *errs.Error) {
 }
 
 // complete takes an outcome from the node that an attempt was sent to.
-func (in *intake) complete(number uint64, attempt uint32, reply Reply, out outcome) {
+func (in *intake) complete(number uint64, attempt uint32, reply *Reply, out outcome) {
 	in.mu.Lock()
 	c := in.findLocked(number)
 	if c == nil || c.attempt != attempt && out.kind != replied {
@@ -484,11 +490,11 @@ func (in *intake) complete(number uint64, attempt uint32, reply Reply, out outco
 		}
 		return
 	case refused:
-		in.endLocked(c, Reply{}, out.err)
+		in.endLocked(c, nil, out.err)
 	case again:
 		c.proposed = c.proposed || out.proposed
 		if !c.abandoned.IsZero() && !c.proposed {
-			in.endLocked(c, Reply{}, nil)
+			in.endLocked(c, new(Reply), nil)
 			break
 		}
 		in.holdLocked(c)
@@ -515,11 +521,31 @@ func (in *intake) complete(number uint64, attempt uint32, reply Reply, out outco
 
 // finish makes the intake the origin of the ops it sends to its own node.
 func (in *intake) finish(o *op, out outcome) {
-	var r Reply
-	if out.kind == replied || out.kind == stillWaiting {
-		r = Reply{Result: o.result, Index: o.index, Term: o.term, Zones: out.zones}
+	o.reply.Zones = out.zones
+	in.complete(o.number, o.attempt, &o.reply, out)
+}
+
+// finishAll finishes ops that have replies, all under one lock.
+func (in *intake) finishAll(ops []*op) {
+	in.mu.Lock()
+	defer in.unlock()
+	in.told = slices.Grow(in.told, len(ops))
+	for _, o := range ops {
+		if !o.finished.CompareAndSwap(false, true) {
+			continue
+		}
+		c := in.findLocked(o.number)
+		switch {
+		case c == nil:
+		case !c.abandoned.IsZero() || o.reply.Code == errs.IntakeClosed:
+			// Rare, and more than the end of a call.
+			in.unlock()
+			in.complete(o.number, o.attempt, &o.reply, outcome{kind: replied, zones: o.reply.Zones})
+			in.mu.Lock()
+		default:
+			in.endLocked(c, &o.reply, nil)
+		}
 	}
-	in.complete(o.number, o.attempt, r, out)
 }
 
 // closedLocked handles the answer that the intake is closed: the entry was refused, not applied. What was
@@ -533,7 +559,7 @@ func (in *intake) closedLocked(c *call) {
 		in.holdLocked(c)
 		return
 	}
-	in.endLocked(c, Reply{}, errs.Of(errs.OutcomeUnknown))
+	in.endLocked(c, nil, errs.Of(errs.OutcomeUnknown))
 }
 
 // endWait ends the waiting of a receive: what it was given meanwhile is its outcome, or that it was given nothing.
@@ -554,7 +580,7 @@ func (in *intake) endWait(c *call) {
 func (in *intake) endWaitLocked(c *call) (to engine.NodeID, o *op) {
 	switch {
 	case c.isHeld && !c.proposed:
-		in.endLocked(c, Reply{}, nil)
+		in.endLocked(c, new(Reply), nil)
 		return "", nil
 	case c.isHeld:
 		c.waitUntil = in.now()
@@ -595,13 +621,13 @@ func (in *intake) giveUpLocked(c *call) (to engine.NodeID, o *op) {
 		err.RetryAfter = time.Second
 	}
 	to, o = c.sentTo, c.present
-	if possible && (c.kind == engine.CmdReceive || c.kind == engine.CmdReceiveID) {
+	if possible && (c.first.kind == engine.CmdReceive || c.first.kind == engine.CmdReceiveID) {
 		// Whether it leased something will be known, and is then given back.
 		c.abandoned = in.now()
-		in.tellLocked(c, Reply{}, err)
+		in.tellLocked(c, nil, err)
 		return to, o
 	}
-	in.endLocked(c, Reply{}, err)
+	in.endLocked(c, nil, err)
 	c.abandoned = in.now()
 	return to, o
 }
@@ -788,7 +814,7 @@ func (in *intake) sweepLocked(now time.Time) {
 		if now.Sub(c.abandoned) < abandonedMax {
 			break
 		}
-		in.endLocked(c, Reply{}, nil)
+		in.endLocked(c, new(Reply), nil)
 	}
 }
 
@@ -817,9 +843,9 @@ func (in *intake) close(err *errs.Error) {
 			continue
 		}
 		if !c.takeBackLocked() {
-			in.endLocked(c, Reply{}, errs.Of(errs.OutcomeUnknown))
+			in.endLocked(c, nil, errs.Of(errs.OutcomeUnknown))
 		} else {
-			in.endLocked(c, Reply{}, in.closing)
+			in.endLocked(c, nil, in.closing)
 		}
 	}
 	in.held = nil

@@ -64,7 +64,7 @@ func (f *fakeCluster) handle(to engine.NodeID, o *op) {
 		}
 	}
 	if o.number < f.lowest {
-		o.result.Code = errs.IntakeClosed
+		o.reply.Result.Code = errs.IntakeClosed
 	} else {
 		id, again := f.applied[o.number]
 		if !again {
@@ -72,7 +72,7 @@ func (f *fakeCluster) handle(to engine.NodeID, o *op) {
 			id = engine.MessageID{Index: f.next}
 			f.applied[o.number] = id
 		}
-		o.result = engine.Result{Repeat: again, Original: id}
+		o.reply.Result = engine.Result{Repeat: again, Original: id}
 	}
 	lost := f.rnd.IntN(5) == 0
 	f.dropped++
@@ -131,7 +131,7 @@ func TestIntakeDoesEachCommandOnce(t *testing.T) {
 	for k := range callers {
 		wg.Go(func() {
 			for i := range each {
-				c := &call{cmd: []byte("x"), kind: engine.CmdPublish}
+				c := &call{first: op{request: request{cmd: []byte("x"), kind: engine.CmdPublish}}}
 				r, err := f.in.do(context.Background(), c)
 				if err != nil {
 					t.Errorf("caller %d, command %d: %v", k, i, err)
@@ -208,7 +208,7 @@ func TestIntakeOutcomeAtTheDeadline(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			in := newIntake("self", &quietSender{}, time.Now, 1<<20)
 			c.prep(in)
-			_, err := in.do(over, &call{cmd: []byte("x"), kind: engine.CmdPublish})
+			_, err := in.do(over, &call{first: op{request: request{cmd: []byte("x"), kind: engine.CmdPublish}}})
 			if err == nil || err.Code != c.want {
 				t.Fatalf("got %v, want %v", err, c.want)
 			}
@@ -229,7 +229,7 @@ func TestIntakeReleasesWhatAnAbandonedReceiveWasGiven(t *testing.T) {
 	in.setRoute(route{node: "b"})
 	over, cancel := context.WithCancel(context.Background())
 	cancel()
-	c := &call{cmd: []byte("x"), kind: engine.CmdReceive, since: time.Now(), waitUntil: time.Now().Add(time.Hour)}
+	c := &call{first: op{request: request{cmd: []byte("x"), kind: engine.CmdReceive, since: time.Now()}}, waitUntil: time.Now().Add(time.Hour)}
 	if _, err := in.do(over, c); err == nil || err.Code != errs.OutcomeUnknown {
 		t.Fatalf("got %v", err)
 	}
@@ -237,7 +237,7 @@ func TestIntakeReleasesWhatAnAbandonedReceiveWasGiven(t *testing.T) {
 	if len(s.withdrawn) != 1 || s.withdrawn[0] != o || in.outstanding() != 1 {
 		t.Fatalf("withdrawn %v, outstanding %d", s.withdrawn, in.outstanding())
 	}
-	o.result.Deliveries = []engine.Delivery{{Count: 1}}
+	o.reply.Result.Deliveries = []engine.Delivery{{Count: 1}}
 	o.end(outcome{kind: replied})
 	if len(released) != 1 || in.outstanding() != 0 {
 		t.Fatalf("released %v, outstanding %d", released, in.outstanding())
@@ -255,7 +255,7 @@ func TestIntakeStopsWaiting(t *testing.T) {
 		{"held", func(*intake) {}, nil, 0},
 		{"nothing given", func(in *intake) { in.setRoute(route{node: "b"}) }, func(o *op) { o.end(outcome{kind: stillWaiting}) }, 0},
 		{"given", func(in *intake) { in.setRoute(route{node: "b"}) }, func(o *op) {
-			o.result.Deliveries = []engine.Delivery{{Count: 1}}
+			o.reply.Result.Deliveries = []engine.Delivery{{Count: 1}}
 			o.end(outcome{kind: replied})
 		}, 1},
 	} {
@@ -272,8 +272,8 @@ func TestIntakeStopsWaiting(t *testing.T) {
 			}
 			got := make(chan answer, 1)
 			go func() {
-				r, err := in.do(context.Background(), &call{cmd: []byte("x"), kind: engine.CmdReceive, stop: stop,
-					since: time.Now(), waitUntil: time.Now().Add(time.Hour)})
+				r, err := in.do(context.Background(), &call{first: op{request: request{cmd: []byte("x"), kind: engine.CmdReceive, since: time.Now()}}, stop: stop,
+					waitUntil: time.Now().Add(time.Hour)})
 				got <- answer{r, err}
 			}()
 			poll(t, "the call", func() bool { return in.outstanding() == 1 })
@@ -302,7 +302,7 @@ func TestIntakeRenewsTheNumberOfAWaitingReceive(t *testing.T) {
 	in := newIntake("self", s, func() time.Time { return now }, 1<<20)
 	in.opened(1)
 	in.setRoute(route{node: "b"})
-	c := &call{cmd: []byte("x"), kind: engine.CmdReceive, since: now, waitUntil: now.Add(2500 * time.Millisecond)}
+	c := &call{first: op{request: request{cmd: []byte("x"), kind: engine.CmdReceive, since: now}}, waitUntil: now.Add(2500 * time.Millisecond)}
 	done := make(chan *errs.Error)
 	go func() {
 		_, err := in.do(context.Background(), c)
@@ -313,7 +313,7 @@ func TestIntakeRenewsTheNumberOfAWaitingReceive(t *testing.T) {
 		poll(t, "the next slice", func() bool { return len(s.sent()) > len(seen) })
 		seen = s.sent()
 		o := seen[len(seen)-1]
-		if !o.since.Equal(c.since) || o.number != uint64(len(seen)) || o.parkUntil.Sub(now) > parkSliceMax {
+		if !o.since.Equal(c.first.since) || o.number != uint64(len(seen)) || o.parkUntil.Sub(now) > parkSliceMax {
 			t.Fatalf("slice %d: %+v", len(seen), o)
 		}
 		now = o.parkUntil
@@ -331,14 +331,14 @@ func TestIntakeRenewsTheNumberOfAWaitingReceive(t *testing.T) {
 func TestIntakeBounds(t *testing.T) {
 	in := newIntake("self", &quietSender{}, time.Now, 100)
 	in.opened(1)
-	go func() { _, _ = in.do(context.Background(), &call{cmd: make([]byte, 90)}) }()
+	go func() { _, _ = in.do(context.Background(), &call{first: op{request: request{cmd: make([]byte, 90)}}}) }()
 	poll(t, "the first call", func() bool { return in.outstanding() == 1 })
-	_, err := in.do(context.Background(), &call{cmd: make([]byte, 20)})
+	_, err := in.do(context.Background(), &call{first: op{request: request{cmd: make([]byte, 20)}}})
 	if err == nil || err.Code != errs.Overloaded || err.RetryAfter <= 0 {
 		t.Fatalf("got %v", err)
 	}
 	in.close(errs.Of(errs.Draining))
-	if _, err := in.do(context.Background(), &call{cmd: []byte("x")}); err == nil || err.Code != errs.Draining {
+	if _, err := in.do(context.Background(), &call{first: op{request: request{cmd: []byte("x")}}}); err == nil || err.Code != errs.Draining {
 		t.Fatalf("got %v", err)
 	}
 }
@@ -351,14 +351,20 @@ func TestIntakeClosedByTheCluster(t *testing.T) {
 	in.opened(1)
 	in.setRoute(route{node: "b", term: 1})
 	first, second := make(chan *errs.Error, 1), make(chan *errs.Error, 1)
-	go func() { _, err := in.do(context.Background(), &call{cmd: []byte("x")}); first <- err }()
+	go func() {
+		_, err := in.do(context.Background(), &call{first: op{request: request{cmd: []byte("x")}}})
+		first <- err
+	}()
 	poll(t, "the first call", func() bool { return len(s.sent()) == 1 })
 	in.setRoute(route{node: "c", term: 2}) // the first may have been proposed by b
 	in.flush()
-	go func() { _, err := in.do(context.Background(), &call{cmd: []byte("y")}); second <- err }()
+	go func() {
+		_, err := in.do(context.Background(), &call{first: op{request: request{cmd: []byte("y")}}})
+		second <- err
+	}()
 	poll(t, "the second call", func() bool { return len(s.sent()) == 3 })
 	for _, o := range s.sent()[1:] {
-		o.result.Code = errs.IntakeClosed
+		o.reply.Result.Code = errs.IntakeClosed
 		o.end(outcome{kind: replied})
 	}
 	if err := <-first; err == nil || err.Code != errs.OutcomeUnknown {

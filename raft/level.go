@@ -71,7 +71,7 @@ func (n *Node) finalize(ctx context.Context) error {
 	}
 	done := make(chan outcome, 1)
 	cmd := &engine.Level{Level: level}
-	n.coal.enqueue(&op{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority, urgent: true,
+	n.coal.enqueue(&op{request: request{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority}, urgent: true,
 		from: originFunc(func(_ *op, out outcome) { done <- out })})
 	select {
 	case out := <-done:

@@ -151,7 +151,7 @@ func (n *Node) leaveSet(ctx context.Context) error {
 		return nil
 	}
 	cmd := &engine.Shrink{Node: n.id, Epoch: set.Epoch}
-	c := &call{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority}
+	c := &call{first: op{request: request{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority}}}
 	if _, err := n.intake.do(ctx, c); err != nil {
 		return err
 	}
@@ -173,7 +173,7 @@ func (n *Node) stepDown(ctx context.Context, in bool) error {
 		set := n.inSync.Load()
 		done := make(chan outcome, 1)
 		cmd := &engine.Shrink{Node: n.id, Epoch: set.Epoch}
-		n.coal.enqueue(&op{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority, urgent: true,
+		n.coal.enqueue(&op{request: request{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority}, urgent: true,
 			from: originFunc(func(_ *op, out outcome) { done <- out })})
 		select {
 		case <-done:

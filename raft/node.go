@@ -730,13 +730,13 @@ func (n *Node) Submit(p Proposal, done func(Reply, error)) {
 		case c.err != nil:
 			done(Reply{}, c.err)
 		case !c.isLocal || !c.reply.HasContents():
-			done(c.reply, nil)
+			done(*c.reply, nil)
 		case !n.spawn(func() {
 			if err := n.load(&c.reply.Result); err != nil {
 				done(Reply{}, err)
 				return
 			}
-			done(c.reply, nil)
+			done(*c.reply, nil)
 		}):
 			done(Reply{}, errs.Of(errs.OutcomeUnknown).With(ErrClosed))
 		}
@@ -746,8 +746,8 @@ func (n *Node) Submit(p Proposal, done func(Reply, error)) {
 
 // newCall makes a call of a proposal, if clients may propose it.
 func (n *Node) newCall(p Proposal) (*call, error) {
-	c := &call{cmd: p.Command, require: p.Require}
-	probe := op{cmd: p.Command}
+	c := &call{first: op{request: request{cmd: p.Command, require: p.Require}}}
+	probe := &c.first
 	if err := probe.inspect(); err != nil {
 		return nil, errs.Of(errs.BadRequest).With(err)
 	}
@@ -761,11 +761,11 @@ func (n *Node) newCall(p Proposal) (*call, error) {
 			if err != nil {
 				return nil, errs.From(err)
 			}
-			c.cmd, probe.receive.Park = cmd, wait
+			probe.cmd, probe.receive.Park = cmd, wait
 		}
 		if wait {
-			c.since = n.now()
-			c.waitUntil = c.since.Add(p.Wait)
+			probe.since = n.now()
+			c.waitUntil = probe.since.Add(p.Wait)
 			c.stop = p.Stop
 		}
 	case engine.CmdAdvance:
@@ -774,14 +774,13 @@ func (n *Node) newCall(p Proposal) (*call, error) {
 		}
 	default:
 	}
-	c.kind, c.topic, c.ref, c.count, c.receive = probe.kind, probe.topic, probe.ref, probe.count, probe.receive
 	return c, nil
 }
 
 // release gives back what a receive was given whose client is gone.
 func (n *Node) release(c *call, ds []engine.Delivery) {
 	var topic, group string
-	switch cmd, err := engine.DecodeCommand(c.cmd); cmd := cmd.(type) {
+	switch cmd, err := engine.DecodeCommand(c.first.cmd); cmd := cmd.(type) {
 	case *engine.Receive:
 		topic, group = cmd.Topic, cmd.Group
 	case *engine.ReceiveID:

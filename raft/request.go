@@ -8,13 +8,9 @@ import (
 	"tercet.dev/tercet/internal/errs"
 )
 
-// An op is one command on its way through the leader: queued, proposed, applied, waiting for the watermark, or
-// parked. It belongs to whoever brought it in, its origin: a call of this process or a forward connection.
-type op struct {
-	intake         engine.IntakeID
-	number, lowest uint64
-	cmd            []byte
-
+// request is what is asked: the same for every attempt.
+type request struct {
+	cmd  []byte
 	kind engine.Kind
 	// topic is a publish's, a part of cmd.
 	topic []byte
@@ -25,9 +21,19 @@ type op struct {
 	// receive is the decoded command of a receive, for questions to the engine.
 	receive *engine.Receive
 	require Require
+	// since orders parked receives: when this one began to wait.
+	since time.Time
+}
 
-	// since orders parked receives: when this one began to wait. Zero parkUntil: it does not park.
-	since, parkUntil time.Time
+// An op is one command on its way through the leader: queued, proposed, applied, waiting for the watermark, or
+// parked. It belongs to whoever brought it in, its origin: a call of this process or a forward connection.
+type op struct {
+	request
+	intake         engine.IntakeID
+	number, lowest uint64
+
+	// parkUntil is until when a receive waits; zero when it does not park.
+	parkUntil time.Time
 	// repeat is set when an earlier leader may have proposed the command already: it may then not be
 	// refused as if nothing had happened.
 	repeat bool
@@ -54,9 +60,11 @@ type op struct {
 	expired bool
 	timer   *time.Timer
 
-	// Set by the apply goroutine before the op is handed on.
-	result      engine.Result
-	index, term uint64
+	// reply is set before the op ends with an outcome of kind replied or stillWaiting, and belongs to the origin then.
+	reply Reply
+
+	// self is a slice of this op alone.
+	self [1]*op
 }
 
 // Phases of an op.
@@ -78,6 +86,24 @@ func (o *op) withdraw() bool {
 // origin is where outcomes go. finish is called once per op, from any goroutine, and must not block.
 type origin interface {
 	finish(o *op, out outcome)
+}
+
+// repliedTo hands replies to the ops' origins: those of one origin that stand together at once, if it can take them so.
+// The ops' reply.Zones are set.
+func repliedTo(ops []*op) {
+	for i := 0; i < len(ops); {
+		in, many := ops[i].from.(*intake)
+		if !many {
+			ops[i].end(outcome{kind: replied, zones: ops[i].reply.Zones})
+			i++
+			continue
+		}
+		n := i
+		for ; n < len(ops) && ops[n].from == origin(in); n++ {
+		}
+		in.finishAll(ops[i:n])
+		i = n
+	}
 }
 
 // outcome is what became of an op.

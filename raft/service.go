@@ -72,32 +72,35 @@ func (n *Node) foundNothing(o *op) {
 // next: that is what makes parking here safe (R8).
 func (n *Node) settle(b *batch, index, term uint64, results []engine.Result) {
 	zones := 0
+	ended := b.ops[:0]
 	for i, o := range b.ops {
-		o.result, o.index, o.term = results[i], index, term
+		o.reply.Result, o.reply.Index, o.reply.Term = results[i], index, term
 		switch {
-		case o.result.Parked:
+		case o.reply.Parked:
 			// Nothing is recorded under the number, and no entry of an earlier term can come any more: it has not
 			// been proposed, as far as anyone can tell.
 			o.repeat = false
 			o.phase.Store(phaseQueued)
 			n.placed(o, n.coal.lot.add(o))
 			continue
-		case o.result.Code == errs.OK && (o.require == AllZones ||
+		case o.reply.Code == errs.OK && (o.require == AllZones ||
 			o.require == Default && o.kind.Stores() && n.cfg.Durability != OnlyMajority):
 			n.acks.add(o, n.cfg.Durability)
 			continue
 		}
 		if !o.parkUntil.IsZero() {
 			n.coal.lot.done(o)
-			if o.result.HasContents() {
+			if o.reply.HasContents() {
 				n.coal.lot.wake(o.ref) // there may be more
 			}
 		}
 		if zones == 0 {
 			zones = n.holding(index)
 		}
-		o.end(outcome{kind: replied, zones: zones})
+		o.reply.Zones = zones
+		ended = append(ended, o)
 	}
+	repliedTo(ended)
 	n.acks.advance()
 }
 
@@ -246,10 +249,10 @@ func (n *Node) lead() {
 		_, _ = rand.Read(b[:]) // never fails, by its contract
 		cmd = &engine.Init{ClusterID: hex.EncodeToString(b[:16]), Secret: b[16:], Level: n.foundingLevel()}
 	}
-	n.coal.enqueue(&op{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority, urgent: true,
+	n.coal.enqueue(&op{request: request{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority}, urgent: true,
 		from: originFunc(func(o *op, out outcome) {
 			if out.kind == replied {
-				n.opened(o.term)
+				n.opened(o.reply.Term)
 			}
 		})})
 }
@@ -400,7 +403,7 @@ func (n *Node) stepPolicy() {
 	} else {
 		n.log.Info("taking zone into the in-sync set", "node", change.Node, "zone", n.directory.zone(change.Node))
 	}
-	n.coal.enqueue(&op{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority, urgent: true,
+	n.coal.enqueue(&op{request: request{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority}, urgent: true,
 		from: originFunc(func(*op, outcome) {})})
 }
 
@@ -414,7 +417,7 @@ func (n *Node) stepDue() {
 		return
 	}
 	cmd := &engine.Tick{}
-	n.coal.enqueue(&op{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority, urgent: true,
+	n.coal.enqueue(&op{request: request{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority}, urgent: true,
 		from: originFunc(func(*op, outcome) {})})
 }
 
@@ -426,7 +429,7 @@ func (n *Node) nudge(head uint64, voters []voterView) {
 		moving := n.now().Sub(n.trans.Load().Watermark().Progress(hraft.ServerID(v.ID)).MatchAt) < time.Second
 		if moving && !v.Refused && v.Match+maxAppendEntries < head {
 			cmd := &engine.Tick{}
-			n.coal.enqueue(&op{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority, urgent: true,
+			n.coal.enqueue(&op{request: request{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority}, urgent: true,
 				from: originFunc(func(*op, outcome) {})})
 			return
 		}
@@ -485,7 +488,7 @@ const keepIntakeEvery = limits.IntakeSilenceMax / 5
 func (n *Node) keepIntake() {
 	if n.intake.idle(n.cfg.test.keepIntake) {
 		cmd := &engine.Tick{}
-		n.intake.submit(&call{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority, notify: func(*call) {}})
+		n.intake.submit(&call{first: op{request: request{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority}}, notify: func(*call) {}})
 	}
 }
 
@@ -510,10 +513,10 @@ func (n *Node) openIntake(r route) {
 	}
 	n.opening.route, n.opening.next = r, now.Add(250*time.Millisecond)
 	cmd := &engine.OpenIntake{Node: n.id, Nonce: n.opening.number}
-	o := &op{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority, repeat: true}
+	o := &op{request: request{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority}, repeat: true}
 	o.from = originFunc(func(o *op, out outcome) {
-		if out.kind == replied && o.result.Code == errs.OK && o.result.Intake != 0 {
-			n.intake.opened(o.result.Intake)
+		if out.kind == replied && o.reply.Code == errs.OK && o.reply.Intake != 0 {
+			n.intake.opened(o.reply.Intake)
 		}
 	})
 	n.outbox.send(r.node, []*op{o})

@@ -92,7 +92,7 @@ func (u *unruly) handle(o *op) {
 		u.applied[o.number] = place
 		u.places = append(u.places, o.number)
 	}
-	o.result = engine.Result{Repeat: again, Original: engine.MessageID{Index: place}}
+	o.reply.Result = engine.Result{Repeat: again, Original: engine.MessageID{Index: place}}
 	lost := u.rnd.IntN(6) == 0
 	u.mu.Unlock()
 	if lost {
@@ -156,7 +156,7 @@ func pipeline(t *testing.T, seed uint64, inOrder bool) (violations int) {
 	const commands = 400
 	var told atomic.Int64
 	for i := range commands {
-		c := &call{cmd: fmt.Append(nil, i), kind: engine.CmdTick, ordered: true}
+		c := &call{first: op{request: request{cmd: fmt.Append(nil, i), kind: engine.CmdTick}}, ordered: true}
 		var times atomic.Int32
 		c.notify = func(c *call) {
 			if times.Add(1) > 1 {
@@ -219,7 +219,7 @@ func TestSubmitDeadline(t *testing.T) {
 	in.opened(1)
 	codes := make(chan errs.Code, 2)
 	submit := func() {
-		in.submit(&call{cmd: []byte("x"), kind: engine.CmdTick, ordered: true, deadline: time.Unix(0, now.Load()).Add(time.Second),
+		in.submit(&call{first: op{request: request{cmd: []byte("x"), kind: engine.CmdTick}}, ordered: true, deadline: time.Unix(0, now.Load()).Add(time.Second),
 			notify: func(c *call) { codes <- errs.CodeOf(c.err) }})
 	}
 	submit() // nobody leads: held
@@ -478,7 +478,7 @@ func TestCoalescerOrder(t *testing.T) {
 	}
 	tick := func(number uint64, to origin) *op {
 		cmd := (&engine.Tick{}).AppendTo(nil)
-		return &op{intake: 1, number: number, lowest: 1, cmd: cmd, kind: engine.CmdTick, from: to}
+		return &op{intake: 1, number: number, lowest: 1, request: request{cmd: cmd, kind: engine.CmdTick}, from: to}
 	}
 	var out outcomes
 	expect := func(number uint64, want outcomeKind) {
