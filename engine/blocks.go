@@ -531,7 +531,19 @@ func (e *Engine) loadStored(ds []Delivery) (err error) {
 			if err != nil {
 				return fmt.Errorf("engine: reading the block at offset %d: %w", base, err)
 			}
+			if v, err = e.payload(topic, base, v); err != nil {
+				return err
+			}
 			rest, at = reader{b: v}, 0
+			if v == nil { // removed since the iterator was made
+				ok, err := e.loadKept(d.Receipt.Topic, off, d, true)
+				if err != nil {
+					return err
+				}
+				valid, d.Gone = false, !ok
+				gone = gone || !ok
+				continue
+			}
 			if ver := rest.u8(); ver != rowVersion {
 				return rowError(rowPayload, ver)
 			}
@@ -549,6 +561,15 @@ func (e *Engine) loadStored(ds []Delivery) (err error) {
 		for ; at < off-base; at++ {
 			rest.bytes()
 		}
+		if len(rest.b) > 0 && rest.b[0] == 0 { // dropped when the block was rewritten
+			ok, err := e.loadKept(d.Receipt.Topic, off, d, true)
+			if err != nil {
+				return err
+			}
+			d.Gone = !ok
+			gone = gone || !ok
+			continue
+		}
 		var rec record
 		r := reader{b: rest.b, bad: rest.bad}
 		parseRecord(&r, &rec)
@@ -556,7 +577,7 @@ func (e *Engine) loadStored(ds []Delivery) (err error) {
 			return fmt.Errorf("engine: record %d of the block at offset %d: %w", off-base, base, errMalformed)
 		}
 		d.fill(&rec)
-		// The store's buffer goes with the iterator.
+		// A delivery must not hold on to its whole block.
 		d.Body = append(make([]byte, 0, len(d.Body)), d.Body...)
 		d.fields = cloneFields(d.fields)
 	}

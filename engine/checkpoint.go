@@ -36,9 +36,17 @@ func (e *Engine) checkpoint() (Meta, error) {
 		e.mu.Unlock()
 		return d.meta(), nil
 	}
+	e.mu.Unlock()
 	batch := e.db.NewBatch()
 	defer func() { _ = batch.Close() }()
+	rewritten, err := e.rewritePacks(batch)
+	if err != nil {
+		e.fail(err)
+		return Meta{}, err
+	}
+	e.mu.Lock()
 	s := e.cloneState()
+	packs := e.takePacks(batch, rewritten)
 	kept, err := e.gatherKept(batch)
 	if err == nil {
 		err = e.encodeDirty(batch)
@@ -57,6 +65,10 @@ func (e *Engine) checkpoint() (Meta, error) {
 	}
 	floors, swept, err := e.sweep(batch, &s, removed)
 	if err != nil {
+		e.fail(err)
+		return Meta{}, err
+	}
+	if err := packs.sync(e.packs); err != nil {
 		e.fail(err)
 		return Meta{}, err
 	}
@@ -82,7 +94,9 @@ func (e *Engine) checkpoint() (Meta, error) {
 	}
 	e.mu.Unlock()
 	e.swept = swept
+	e.packs.durable = packs.listed
 	e.durable.Store(&s)
+	e.removePacks(packs.dead)
 	e.logBytes.Add(-logBytes)
 	e.dirtRough.Add(-dirt)
 	return s.meta(), nil
@@ -119,6 +133,7 @@ func (e *Engine) encodeDirty(batch *pebble.Batch) error {
 		e.put(batch, e.intakes[id].appendRow(nil), rowIntake, uint64(id))
 	}
 	for _, inc := range e.removedTopics {
+		e.packs.loosened = true
 		for _, kind := range topicRows {
 			_ = batch.DeleteRange(e.keys.key(kind, inc), e.keys.key(kind, inc+1), nil)
 		}
@@ -161,6 +176,7 @@ func (e *Engine) encodeDirty(batch *pebble.Batch) error {
 			e.encodeMarks(batch, t)
 		}
 		if t.cut.offset > t.floor.offset {
+			e.packs.loosened = true
 			if err := e.removeBelow(batch, t, t.cut); err != nil {
 				return err
 			}

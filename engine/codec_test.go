@@ -6,6 +6,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"maps"
 	"os"
 	"reflect"
@@ -162,13 +163,23 @@ func goldenVectors(t testing.TB) map[string][]byte {
 	}
 	l.checkpoint()
 	for _, kind := range []byte{rowBlock, rowPayload, rowByIndex, rowByStream, rowExpiry, rowTopic, rowGroup, rowChunk, rowIntake, rowState, rowFloor, rowDocument,
-		rowKey, rowStaged, rowStagedIndex, rowStagedExpiry, rowPlace, rowChange} {
+		rowKey, rowStaged, rowStagedIndex, rowStagedExpiry, rowPlace, rowChange, rowPack} {
 		if err := l.e.scan(kind, func(key, v []byte) error {
 			out[fmt.Sprintf("row %c %x", kind, key[1:])] = slices.Clone(v)
 			return nil
 		}); err != nil {
 			t.Fatal(err)
 		}
+	}
+	f, err := l.o.FS.Open(l.e.packs.path(1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out["pack"], err = io.ReadAll(f); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
 	}
 	l.close()
 	return out

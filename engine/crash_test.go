@@ -324,7 +324,7 @@ func crashRun(t testing.TB, seed uint64, entries, every int, broken breakRules) 
 	rng := rand.New(rand.NewPCG(seed, 3))
 	fs := vfs.NewCrashableMem()
 	c := newCrasher(fs, rng, every)
-	o := Options{FS: errorfs.Wrap(fs, c), Dir: "engine", RecentBytes: []int64{-1, 2000, 1 << 20}[rng.IntN(3)], MemTableBytes: 256 << 10, CacheBytes: 1 << 20}
+	o := Options{FS: errorfs.Wrap(fs, c), Dir: "engine", RecentBytes: []int64{-1, 2000, 1 << 20}[rng.IntN(3)], MemTableBytes: 256 << 10, CacheBytes: 1 << 20, packBytes: []int64{1, 4 << 10, 1 << 20}[rng.IntN(3)]}
 	e, err := Open(o)
 	if err != nil {
 		return 0, err

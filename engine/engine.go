@@ -33,7 +33,8 @@ type Options struct {
 	// default does nothing more.
 	OnFatal func(error)
 
-	fatal func() // called instead of panicking where Pebble cannot go on; for tests, must not return
+	packBytes int64  // where a pack ends; for tests
+	fatal     func() // called instead of panicking where Pebble cannot go on; for tests, must not return
 }
 
 func (o *Options) defaults() {
@@ -50,6 +51,7 @@ func (o *Options) defaults() {
 	def(&o.RecentBytes, 64<<20)
 	def(&o.CheckpointLogBytes, 128<<20)
 	def(&o.CheckpointDirtyBytes, 32<<20)
+	def(&o.packBytes, packBytes)
 	if o.Logger == nil {
 		o.Logger = hclog.NewNullLogger()
 	}
@@ -111,6 +113,8 @@ type Engine struct {
 	recentHead  int
 	recentBytes int64
 	headers     headerCache
+	payloads    payloadCache
+	packs       *packs
 
 	// What the entry being applied gathers.
 	applying bool
@@ -290,6 +294,7 @@ func (e *Engine) resetMemory() {
 	e.touched, e.open = nil, nil
 	e.headers.reset()
 	e.headers.limit = max(e.o.CacheBytes/8, 1<<20)
+	e.payloads.reset(max(e.o.CacheBytes/2, 1<<20))
 	e.logBytes.Store(0)
 	e.dirtRough.Store(0)
 	if e.unsettledMax == 0 {
@@ -317,6 +322,13 @@ func (e *Engine) load() error {
 		e.durable.Store(nil)
 		e.swept = 0
 		return nil
+	}
+	err = e.scan(rowPack, func(key, v []byte) error {
+		number, _ := keyPart(key, 0)
+		return e.packs.load(number, v)
+	})
+	if err != nil {
+		return err
 	}
 	err = e.scan(rowTopic, func(key, v []byte) error {
 		inc, _ := keyPart(key, 0)

@@ -91,7 +91,10 @@ func (e *Engine) logicalRows(visit func(key, value []byte) error) (err error) {
 					break
 				}
 				var key, row []byte
-				if key, row, err = get(byte(l[0]), l[1:]...); err == nil {
+				if key, row, err = get(byte(l[0]), l[1:]...); err == nil && l[0] == rowPayload {
+					row, err = e.logicalPayload(t, b, row)
+				}
+				if err == nil {
 					err = visit(key, row)
 				}
 			}
@@ -157,4 +160,18 @@ func (e *Engine) stagedRows(visit func(key, value []byte) error, now int64) erro
 		}
 		return nil
 	})
+}
+
+// logicalPayload is what of a block's payload is the same on every node: one may have dropped dead records, another not.
+func (e *Engine) logicalPayload(t *topic, b *block, row []byte) ([]byte, error) {
+	at, err := parsePlace(row)
+	if err != nil {
+		return nil, err
+	}
+	payload, err := e.packs.read(t.inc, b.base, at)
+	if err != nil {
+		return nil, err
+	}
+	_, dead := t.aliveIn(b, e.stamp.Cluster, true)
+	return appendThinned(nil, payload, dead), nil
 }

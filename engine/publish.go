@@ -304,15 +304,24 @@ func (e *Engine) store(entry []byte) error {
 		}
 	}
 	for _, t := range e.open {
-		size += int(t.open.bytes) + 512 + len(t.open.retention)*4
+		size += 512 + len(t.open.retention)*4
 	}
 	batch := e.db.NewBatchWithSize(size)
 	defer func() { _ = batch.Close() }()
 	blocks := make([]*block, 0, len(e.open))
-	for _, t := range e.open {
-		b := t.open
-		e.putBlock(batch, t, entry)
-		blocks = append(blocks, b)
+	if len(e.open) > 0 {
+		if err := e.packs.begin(); err != nil {
+			return err
+		}
+		for _, t := range e.open {
+			b := t.open
+			e.putBlock(batch, t, entry)
+			blocks = append(blocks, b)
+		}
+		e.packs.appended += uint64(len(e.packs.cur.buf))
+		if err := e.packs.cur.write(); err != nil {
+			return err
+		}
 	}
 	for _, t := range e.staging {
 		e.putStaged(batch, t, entry)
@@ -343,21 +352,22 @@ func (e *Engine) store(entry []byte) error {
 	return nil
 }
 
-// putBlock writes the rows of a topic's block: all are written once, and each tells the entry it is of.
+// putBlock puts a topic's block into the pack and writes its rows: all are written once, and each tells the entry it
+// is of, or the place at which this entry put the payload.
 func (e *Engine) putBlock(batch *pebble.Batch, t *topic, entry []byte) {
 	b := t.open
-	var head [12]byte
-	h := payloadHead(head[:0], b.count)
-	op := batch.SetDeferred(3+16, len(h)+int(b.bytes))
-	e.keys.append(op.Key[:0], rowPayload, t.inc, b.base)
-	n := copy(op.Value, h)
-	for _, s := range t.segs {
-		n += copy(op.Value[n:], entry[s.from:s.to])
-	}
-	if n != len(op.Value) {
-		panic(fmt.Sprintf("engine: block of %d bytes has %d", len(op.Value), n)) // I4: sizes were counted from the same bytes
-	}
-	_ = op.Finish() // only fails on batches that index their content
+	at := e.packs.cur.add(b, func(dst []byte) []byte {
+		dst = payloadHead(dst, b.count)
+		from := len(dst)
+		for _, s := range t.segs {
+			dst = append(dst, entry[s.from:s.to]...)
+		}
+		if n := len(dst) - from; n != int(b.bytes) {
+			panic(fmt.Sprintf("engine: block of %d bytes has %d", b.bytes, n)) // I4: sizes were counted from the same bytes
+		}
+		return dst
+	})
+	e.put(batch, at.appendRow(e.rowBuf[:0]), rowPayload, t.inc, b.base)
 	e.put(batch, binary.AppendUvarint(e.rowBuf[:0], b.base), rowByIndex, t.inc, b.index)
 	e.putHeader(batch, b)
 }

@@ -11,7 +11,7 @@ import (
 // listed so that nobody takes them for something else.
 const (
 	rowBlock        = 'M' // topic, base offset -> block header; written once
-	rowPayload      = 'P' // topic, base offset -> message records; written once
+	rowPayload      = 'P' // topic, base offset -> where the message records are; not part of the logical state
 	rowByIndex      = 'I' // topic, raft index -> base offset; written once
 	rowByStream     = 'X' // topic, stream ID, base offset -> raft index; written once
 	rowExpiry       = 'E' // expiry tick, topic, base offset -> raft index; written once
@@ -36,6 +36,7 @@ const (
 	rowMarks        = 'Y' // topic, chunk -> removed entries; checkpoint
 	rowConsumer     = 'C' // topic, group, number -> consumer; checkpoint
 	rowString       = 'V' // number of the key -> string; checkpoint
+	rowPack         = 'k' // pack -> size, last expiry; checkpoint, not part of the logical state
 	rowFloor        = 'F' // topic -> where its stored blocks begin; checkpoint, not part of the logical state
 )
 

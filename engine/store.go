@@ -84,7 +84,7 @@ func Open(o Options) (*Engine, error) {
 		return nil, err
 	}
 	if err := e.checkDurable(); err != nil {
-		return nil, errors.Join(err, e.db.Close())
+		return nil, errors.Join(err, e.closeStore())
 	}
 	return e, nil
 }
@@ -137,7 +137,7 @@ func (e *Engine) createFirst() (uint64, error) {
 			return 0, err
 		}
 		held := e.durable.Load()
-		if err := e.db.Close(); err != nil {
+		if err := e.closeStore(); err != nil {
 			return 0, fmt.Errorf("engine: closing %s: %w", name, err)
 		}
 		if held != nil {
@@ -148,7 +148,7 @@ func (e *Engine) createFirst() (uint64, error) {
 	if err := e.openGeneration(1); err != nil {
 		return 0, err
 	}
-	if err := e.db.Close(); err != nil {
+	if err := e.closeStore(); err != nil {
 		return 0, fmt.Errorf("engine: creating the store: %w", err)
 	}
 	if err := syncDir(fs, fs.PathJoin(e.o.Dir, generationName(1))); err != nil {
@@ -181,11 +181,23 @@ func (e *Engine) openGeneration(gen uint64) error {
 	if err != nil {
 		return fmt.Errorf("engine: opening %s: %w", generationName(gen), err)
 	}
+	e.packs.close()
 	e.db, e.gen = db, gen
-	if err := e.load(); err != nil {
-		return errors.Join(err, db.Close())
+	e.packs = newPacks(e.o.FS, e.o.FS.PathJoin(e.o.Dir, generationName(gen)), e.o.packBytes)
+	err = e.load()
+	if err == nil {
+		err = e.packs.removeUnlisted()
+	}
+	if err != nil {
+		return errors.Join(err, e.closeStore())
 	}
 	return nil
+}
+
+// closeStore closes the files of the generation in use.
+func (e *Engine) closeStore() error {
+	e.packs.close()
+	return e.db.Close()
 }
 
 func (e *Engine) pebbleOptions(readOnly bool) *pebble.Options {
@@ -205,9 +217,8 @@ func (e *Engine) pebbleOptions(readOnly bool) *pebble.Options {
 		CompactionConcurrencyRange:  func() (int, int) { return 1, 2 },
 		Logger:                      pebbleLogger{e.o.Logger.Named("pebble"), e},
 	}
-	// Payloads are what a queue stores for a while and then drops: they are kept out of the tables that
-	// compactions rewrite, and they are not compressed, which would cost every message more than the disk
-	// gains.
+	// Parts of large messages and delayed ones are kept out of the tables that compactions rewrite, as the payloads in
+	// packs are. Nothing is compressed, which would cost every message more than the disk gains.
 	o.Experimental.ValueSeparationPolicy = func() pebble.ValueSeparationPolicy {
 		return pebble.ValueSeparationPolicy{Enabled: true, MinimumSize: 1 << 10, MaxBlobReferenceDepth: 10, RewriteMinimumAge: 5 * time.Minute, TargetGarbageRatio: 0.3}
 	}
@@ -279,7 +290,7 @@ func (e *Engine) Close() error {
 	if e.db == nil {
 		return nil
 	}
-	err := e.db.Close()
+	err := e.closeStore()
 	e.db = nil
 	e.failed.CompareAndSwap(nil, &failure{ErrClosed})
 	if err != nil {
@@ -326,6 +337,15 @@ func (e *Engine) Export() (*Export, error) {
 	if err := e.db.Checkpoint(x.dir); err != nil {
 		return nil, fmt.Errorf("engine: exporting: %w", err)
 	}
+	sizes := make(map[string]int64)
+	for i := range e.packs.durable {
+		k := &e.packs.durable[i]
+		name := packName(k.number)
+		if err := fs.Link(e.packs.path(k.number), fs.PathJoin(x.dir, name)); err != nil {
+			return nil, errors.Join(fmt.Errorf("engine: exporting: %w", err), x.Close())
+		}
+		sizes[name] = int64(k.listed)
+	}
 	names, err := fs.List(x.dir)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("engine: listing the export: %w", err), x.Close())
@@ -336,17 +356,31 @@ func (e *Engine) Export() (*Export, error) {
 		if err != nil {
 			return nil, errors.Join(fmt.Errorf("engine: sizing the export: %w", err), x.Close())
 		}
-		x.Files = append(x.Files, ExportFile{Name: name, Size: st.Size()})
+		size, ok := sizes[name]
+		if !ok {
+			size = st.Size()
+		}
+		x.Files = append(x.Files, ExportFile{Name: name, Size: size})
 	}
 	return x, nil
 }
 
-// Open opens one of the files for reading.
+// Open opens one of the files for reading. It ends at the listed size, although a pack may have grown since.
 func (x *Export) Open(name string) (io.ReadCloser, error) {
-	if !slices.ContainsFunc(x.Files, func(f ExportFile) bool { return f.Name == name }) {
+	i := slices.IndexFunc(x.Files, func(f ExportFile) bool { return f.Name == name })
+	if i < 0 {
 		return nil, fmt.Errorf("engine: %q is not part of the export", name)
 	}
-	return x.fs.Open(x.fs.PathJoin(x.dir, name), vfs.SequentialReadsOption)
+	f, err := x.fs.Open(x.fs.PathJoin(x.dir, name), vfs.SequentialReadsOption)
+	if err != nil {
+		return nil, fmt.Errorf("engine: opening %s: %w", name, err)
+	}
+	return exportReader{io.LimitReader(f, x.Files[i].Size), f}, nil
+}
+
+type exportReader struct {
+	io.Reader
+	io.Closer
 }
 
 // Close deletes the copy.
@@ -458,6 +492,7 @@ func (in *Install) verify(m Meta) (*state, error) {
 	v.db = db
 	var s *state
 	v.gen = in.gen
+	v.packs = newPacks(v.o.FS, in.dir, v.o.packBytes)
 	check := func() (err error) {
 		defer v.damaged(&err)
 		if err := v.load(); err != nil {
@@ -475,9 +510,19 @@ func (in *Install) verify(m Meta) (*state, error) {
 				return errors.Join(err, it.Close())
 			}
 		}
-		return errors.Join(it.Error(), it.Close(), v.Err())
+		if err := errors.Join(it.Error(), it.Close()); err != nil {
+			return err
+		}
+		err = v.eachStored(func(b *block, at place) error {
+			if b.index > s.index {
+				return nil // of an entry that the log brings again
+			}
+			_, err := v.packs.read(b.topic, b.base, at)
+			return err
+		})
+		return errors.Join(err, v.Err())
 	}
-	if err := errors.Join(check(), db.Close()); err != nil {
+	if err := errors.Join(check(), v.closeStore()); err != nil {
 		return nil, fmt.Errorf("engine: verifying the received state: %w", err)
 	}
 	return s, nil
@@ -514,7 +559,7 @@ func (e *Engine) Reopen() error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.db != nil {
-		if err := e.db.Close(); err != nil {
+		if err := e.closeStore(); err != nil {
 			e.o.Logger.Warn("closing the replaced state", "error", err)
 		}
 		e.db = nil

@@ -1,0 +1,476 @@
+package engine
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+
+	"github.com/cespare/xxhash/v2"
+	"github.com/cockroachdb/pebble/v2"
+	"github.com/cockroachdb/pebble/v2/vfs"
+)
+
+// Payloads stand in packs: files beside Pebble's that are only appended to, one write an entry. A row P says where a
+// block's payload is. A pack goes when its last message has expired; one of which less than a quarter is alive is
+// rewritten at a checkpoint.
+//
+// A pack is synced before the checkpoint that lists it is committed, and what is listed is read up to the listed size
+// only: what stands behind that, and packs that are not listed, are of entries that the log brings again.
+
+const (
+	packPrefix = "pack-"
+	// packHead stands before every payload: checksum of what follows u64, topic u64, base offset u64, length u32, all
+	// little endian.
+	packHead = 8 + 8 + 8 + 4
+	// packBytes is where a pack ends and the next begins.
+	packBytes = 64 << 20
+	// packHandles is how many packs are open for reading at most.
+	packHandles = 64
+	// packSyncBytes is how much is written before the system is asked to begin bringing it to the disk, so that a
+	// checkpoint finds little left to do.
+	packSyncBytes = 1 << 20
+	// packLookMillis is how long at least, in cluster time, lies between two looks for what explicit removals have left.
+	packLookMillis = 60_000
+)
+
+func packName(n uint64) string { return fmt.Sprintf("%s%06d", packPrefix, n) }
+
+func packNumber(name string) (uint64, bool) {
+	digits, ok := strings.CutPrefix(name, packPrefix)
+	if !ok || len(digits) < 6 {
+		return 0, false
+	}
+	n, err := strconv.ParseUint(digits, 10, 64)
+	return n, err == nil && packName(n) == name
+}
+
+// pack is what is known of one of the files.
+type pack struct {
+	number uint64
+	size   uint64
+	expiry int64  // when the last of its messages expires
+	listed uint64 // the size that its row tells
+}
+
+func (k *pack) appendRow(b []byte) []byte {
+	b = append(b, rowVersion)
+	b = binary.AppendUvarint(b, k.size)
+	return appendVarint(b, k.expiry)
+}
+
+func parsePack(number uint64, row []byte) (*pack, error) {
+	r := reader{b: row}
+	if v := r.u8(); v != rowVersion {
+		return nil, rowError(rowPack, v)
+	}
+	k := &pack{number: number, size: r.uvarint(), expiry: r.varint()}
+	k.listed = k.size
+	return k, r.err()
+}
+
+// place is where a block's payload stands: the value of its row P.
+type place struct {
+	pack, offset uint64
+	length       uint32
+}
+
+func (at place) appendRow(b []byte) []byte {
+	b = append(b, rowVersion)
+	b = binary.AppendUvarint(b, at.pack)
+	b = binary.AppendUvarint(b, at.offset)
+	return binary.AppendUvarint(b, uint64(at.length))
+}
+
+func parsePlace(row []byte) (place, error) {
+	r := reader{b: row}
+	if v := r.u8(); v != rowVersion {
+		return place{}, rowError(rowPayload, v)
+	}
+	at := place{pack: r.uvarint(), offset: r.uvarint(), length: uint32(r.upTo(1<<32 - 1))}
+	return at, r.err()
+}
+
+// packWriter appends to one pack.
+type packWriter struct {
+	*pack
+	f   vfs.File
+	buf []byte
+}
+
+// add puts a block's payload behind what the next write brings and says where it will stand.
+func (w *packWriter) add(b *block, payload func(dst []byte) []byte) place {
+	at := len(w.buf)
+	buf := slices.Grow(w.buf, packHead+16+int(b.bytes))
+	buf = append(buf, make([]byte, packHead)...)
+	buf = payload(buf)
+	head := buf[at:]
+	length := uint32(len(head) - packHead)
+	binary.LittleEndian.PutUint64(head[8:], b.topic)
+	binary.LittleEndian.PutUint64(head[16:], b.base)
+	binary.LittleEndian.PutUint32(head[24:], length)
+	binary.LittleEndian.PutUint64(head, xxhash.Sum64(head[8:]))
+	w.buf = buf
+	w.expiry = max(w.expiry, b.lastExpiry)
+	return place{pack: w.number, offset: w.size + uint64(at), length: length}
+}
+
+// write writes what was added.
+func (w *packWriter) write() error {
+	n, err := w.f.Write(w.buf)
+	if err == nil && n != len(w.buf) {
+		err = io.ErrShortWrite
+	}
+	if err != nil {
+		return fmt.Errorf("writing %s: %w", packName(w.number), err)
+	}
+	w.size += uint64(n)
+	if w.buf = w.buf[:0]; cap(w.buf) > 4<<20 {
+		w.buf = nil
+	}
+	return nil
+}
+
+// packs are the packs of one generation.
+type packs struct {
+	fs    vfs.FS
+	dir   string
+	limit uint64
+
+	// Guarded by Engine.mu.
+
+	list map[uint64]*pack
+	cur  *packWriter
+	// sealed are files that are complete and were not synced yet, made tells that the directory was not.
+	sealed []vfs.File
+	made   bool
+	last   uint64 // the highest number in use
+	// appended counts bytes since the last look at what is alive, loosened tells that something was removed explicitly.
+	appended uint64
+	loosened bool
+
+	// Guarded by Engine.cpMu.
+
+	durable []pack // those that the durable checkpoint lists
+	looked  int64  // cluster time of the last look
+
+	// mu guards the files open for reading. It is held while one is read, so that none is closed meanwhile.
+	mu   sync.RWMutex
+	open map[uint64]vfs.File
+}
+
+func newPacks(fs vfs.FS, dir string, limit int64) *packs {
+	return &packs{fs: fs, dir: dir, limit: uint64(limit), list: make(map[uint64]*pack), open: make(map[uint64]vfs.File)}
+}
+
+func (p *packs) path(number uint64) string { return p.fs.PathJoin(p.dir, packName(number)) }
+
+// create begins a new pack.
+func (p *packs) create() (*packWriter, error) {
+	p.last++
+	f, err := p.fs.Create(p.path(p.last), vfs.WriteCategoryUnspecified)
+	if err != nil {
+		return nil, fmt.Errorf("creating %s: %w", packName(p.last), err)
+	}
+	p.made = true
+	k := &pack{number: p.last}
+	p.list[k.number] = k
+	return &packWriter{pack: k, f: vfs.NewSyncingFile(f, vfs.SyncingFileOptions{NoSyncOnClose: true, BytesPerSync: packSyncBytes})}, nil
+}
+
+// begin makes sure that there is a pack with room.
+func (p *packs) begin() (err error) {
+	if p.cur != nil && p.cur.size >= p.limit {
+		p.sealed = append(p.sealed, p.cur.f)
+		p.cur = nil
+	}
+	if p.cur == nil {
+		p.cur, err = p.create()
+	}
+	return err
+}
+
+// close closes all files, without syncing: what is not synced is not listed.
+func (p *packs) close() {
+	if p == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, f := range p.sealed {
+		_ = f.Close()
+	}
+	if p.cur != nil {
+		_ = p.cur.f.Close()
+	}
+	for _, f := range p.open {
+		_ = f.Close() // read only
+	}
+	p.sealed, p.cur, p.open = nil, nil, nil
+}
+
+// load notes a listed pack.
+func (p *packs) load(number uint64, row []byte) error {
+	k, err := parsePack(number, row)
+	if err != nil {
+		return err
+	}
+	st, err := p.fs.Stat(p.path(number))
+	switch {
+	case isNotExist(err):
+		return &CorruptError{File: p.path(number), Detail: "missing", Remedy: remedyReplace}
+	case err != nil:
+		return fmt.Errorf("engine: looking for %s: %w", packName(number), err)
+	case st.Size() < int64(k.size):
+		return &CorruptError{File: p.path(number), Detail: fmt.Sprintf("has %d bytes of %d", st.Size(), k.size), Remedy: remedyReplace}
+	}
+	p.list[number] = k
+	p.last = max(p.last, number)
+	p.durable = append(p.durable, *k)
+	return nil
+}
+
+// removeUnlisted removes the packs of entries that the log brings again.
+func (p *packs) removeUnlisted() error {
+	names, err := p.fs.List(p.dir)
+	if err != nil {
+		return fmt.Errorf("engine: listing %s: %w", p.dir, err)
+	}
+	for _, name := range names {
+		n, ok := packNumber(name)
+		if !ok || p.list[n] != nil {
+			continue
+		}
+		p.last = max(p.last, n)
+		if err := p.fs.Remove(p.path(n)); err != nil {
+			return fmt.Errorf("engine: removing %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// errPackGone is returned for a pack that was removed since its place was looked up.
+var errPackGone = errors.New("engine: the pack is gone")
+
+// read returns the payload of a block.
+func (p *packs) read(topic, base uint64, at place) ([]byte, error) {
+	buf := make([]byte, packHead+int(at.length))
+	if err := p.readAt(at.pack, buf, int64(at.offset)); err != nil {
+		if errors.Is(err, io.EOF) {
+			return nil, &CorruptError{File: p.path(at.pack), Detail: fmt.Sprintf("ends before byte %d", at.offset+uint64(len(buf))), Remedy: remedyReplace}
+		}
+		return nil, err
+	}
+	if xxhash.Sum64(buf[8:]) != binary.LittleEndian.Uint64(buf) || binary.LittleEndian.Uint64(buf[8:]) != topic ||
+		binary.LittleEndian.Uint64(buf[16:]) != base || binary.LittleEndian.Uint32(buf[24:]) != at.length {
+		return nil, &CorruptError{File: p.path(at.pack), Detail: fmt.Sprintf("the block at byte %d is damaged", at.offset), Remedy: remedyReplace}
+	}
+	return buf[packHead:], nil
+}
+
+func (p *packs) readAt(number uint64, buf []byte, off int64) error {
+	p.mu.RLock()
+	f := p.open[number]
+	if f != nil {
+		defer p.mu.RUnlock()
+		return readFull(f, buf, off)
+	}
+	p.mu.RUnlock()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if f = p.open[number]; f == nil {
+		if p.open == nil {
+			return ErrClosed
+		}
+		var err error
+		if f, err = p.fs.Open(p.path(number), vfs.RandomReadsOption); isNotExist(err) {
+			return errPackGone
+		} else if err != nil {
+			return fmt.Errorf("engine: opening %s: %w", packName(number), err)
+		}
+		for n, other := range p.open { // any of them: which one has no effect but on time
+			if len(p.open) < packHandles {
+				break
+			}
+			_ = other.Close() // read only
+			delete(p.open, n)
+		}
+		p.open[number] = f
+	}
+	return readFull(f, buf, off)
+}
+
+func readFull(f vfs.File, buf []byte, off int64) error {
+	n, err := f.ReadAt(buf, off)
+	if n == len(buf) {
+		return nil
+	}
+	if err == nil {
+		err = io.EOF
+	}
+	return fmt.Errorf("engine: reading a pack: %w", err)
+}
+
+// remove deletes packs that no durable row names any more. One that cannot be deleted goes at the next start.
+func (e *Engine) removePacks(dead []uint64) {
+	p := e.packs
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, n := range dead {
+		if f := p.open[n]; f != nil {
+			_ = f.Close() // read only
+			delete(p.open, n)
+		}
+		if err := p.fs.Remove(p.path(n)); err != nil {
+			e.o.Logger.Warn("a file that is not needed any more cannot be removed", "file", p.path(n), "error", err)
+		}
+	}
+}
+
+// packWork is what a checkpoint has to do about packs.
+type packWork struct {
+	sealed []vfs.File
+	cur    vfs.File
+	made   bool
+	dead   []uint64
+	listed []pack
+}
+
+// takePacks lists the packs in the batch of a checkpoint, but for those of which everything has expired by then, and
+// those in rewritten. mu is held.
+func (e *Engine) takePacks(batch *pebble.Batch, rewritten []uint64) packWork {
+	p := e.packs
+	upto := uint64(max(e.stamp.Cluster/expiryUnit, e.swept))
+	expired := func(k *pack) bool { return k.expiry != never && expiryTick(k.expiry) <= upto }
+	if p.cur != nil && expired(p.cur.pack) {
+		p.sealed = append(p.sealed, p.cur.f)
+		p.cur = nil
+	}
+	w := packWork{sealed: p.sealed, made: p.made}
+	p.sealed, p.made = nil, false
+	if p.cur != nil {
+		w.cur = p.cur.f
+	}
+	for _, n := range sortedKeys(p.list) {
+		k := p.list[n]
+		if expired(k) || slices.Contains(rewritten, n) {
+			w.dead = append(w.dead, n)
+			delete(p.list, n)
+			_ = batch.Delete(e.keys.key(rowPack, n), nil) // a batch in memory takes everything
+			continue
+		}
+		if k.size != k.listed {
+			k.listed = k.size
+			e.put(batch, k.appendRow(e.rowBuf[:0]), rowPack, n)
+		}
+		w.listed = append(w.listed, *k)
+	}
+	return w
+}
+
+// sync brings to the disk what the checkpoint lists.
+func (w *packWork) sync(p *packs) error {
+	for i, f := range w.sealed {
+		if err := errors.Join(f.Sync(), f.Close()); err != nil {
+			for _, f := range w.sealed[i+1:] {
+				_ = f.Close()
+			}
+			return fmt.Errorf("engine: syncing a pack: %w", err)
+		}
+	}
+	if w.cur != nil {
+		if err := w.cur.Sync(); err != nil {
+			return fmt.Errorf("engine: syncing a pack: %w", err)
+		}
+	}
+	if w.made {
+		return syncDir(p.fs, p.dir)
+	}
+	return nil
+}
+
+// payload returns a block's payload, nil if it is not stored any more. row is its row P.
+func (e *Engine) payload(topic, base uint64, row []byte) ([]byte, error) {
+	if b := e.payloads.get(topic, base); b != nil {
+		return b, nil
+	}
+	at, err := parsePlace(row)
+	if err != nil {
+		return nil, err
+	}
+	b, err := e.packs.read(topic, base, at)
+	for errors.Is(err, errPackGone) {
+		// Rewritten, or expired, since the row was read.
+		old := at
+		v, closer, gerr := e.db.Get(e.keys.key(rowPayload, topic, base))
+		if errors.Is(gerr, pebble.ErrNotFound) {
+			return nil, nil
+		}
+		if gerr != nil {
+			return nil, fmt.Errorf("engine: reading the place of a block: %w", gerr)
+		}
+		at, gerr = parsePlace(v)
+		if gerr = errors.Join(gerr, closer.Close()); gerr != nil {
+			return nil, gerr
+		}
+		if at == old {
+			err = &CorruptError{File: e.packs.path(at.pack), Detail: "missing", Remedy: remedyReplace}
+			break
+		}
+		b, err = e.packs.read(topic, base, at)
+	}
+	if err != nil {
+		if c := (*CorruptError)(nil); errors.As(err, &c) {
+			e.fail(err)
+		}
+		return nil, err
+	}
+	e.payloads.put(topic, base, b)
+	return b, nil
+}
+
+// payloadCache holds payloads read last, the oldest dropped first: whoever reads a backlog asks for each block many
+// times over.
+type payloadCache struct {
+	mu    sync.Mutex
+	m     map[headerKey][]byte
+	order []headerKey
+	bytes int64
+	limit int64
+}
+
+func (c *payloadCache) get(topic, base uint64) []byte {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.m[headerKey{topic, base}]
+}
+
+func (c *payloadCache) put(topic, base uint64, payload []byte) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	k := headerKey{topic, base}
+	if c.m[k] != nil {
+		return
+	}
+	if c.m == nil {
+		c.m = make(map[headerKey][]byte)
+	}
+	c.m[k] = payload
+	c.order = append(c.order, k)
+	c.bytes += int64(len(payload)) + 64
+	for c.bytes > c.limit && len(c.order) > 0 {
+		c.bytes -= int64(len(c.m[c.order[0]])) + 64
+		delete(c.m, c.order[0])
+		c.order = c.order[1:]
+	}
+}
+
+func (c *payloadCache) reset(limit int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.m, c.order, c.bytes, c.limit = nil, nil, 0, limit
+}

@@ -1,0 +1,207 @@
+package engine
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/cockroachdb/pebble/v2"
+)
+
+// rewritePacks rewrites, at a checkpoint, the packs of which less than a quarter is alive: what lives is copied into
+// a new pack, without the records that nobody can ask for any more, and the batch gets rows that say so. It goes
+// before all removals of the same batch, so that what they take is gone. Whether it runs, and when, has no effect on
+// what anybody sees: a row P is no part of the logical state.
+func (e *Engine) rewritePacks(batch *pebble.Batch) (rewritten []uint64, err error) {
+	defer e.damaged(&err)
+	p := e.packs
+	e.mu.RLock()
+	now, applied := e.stamp.Cluster, e.index
+	total := uint64(0)
+	for _, k := range p.list {
+		total += k.size
+	}
+	look := p.appended >= max(p.limit, total/4) || p.loosened && now >= p.looked+packLookMillis
+	e.mu.RUnlock()
+	if !look || len(p.durable) == 0 {
+		return nil, nil
+	}
+	e.mu.Lock()
+	p.appended, p.loosened = 0, false
+	e.mu.Unlock()
+	p.looked = now
+	alive := make(map[uint64]uint64)
+	err = e.eachStored(func(b *block, at place) error {
+		if b.index > applied {
+			alive[at.pack] += uint64(at.length)
+			return nil
+		}
+		n, _ := e.aliveIn(b, now, false)
+		alive[at.pack] += uint64(at.length) * uint64(n) / uint64(b.count)
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	victims := make(map[uint64]bool)
+	e.mu.RLock()
+	for i := range p.durable {
+		// One that has grown since the checkpoint holds blocks that were not looked at.
+		k := &p.durable[i]
+		if at := p.list[k.number]; at != nil && at.size == k.size && (p.cur == nil || p.cur.pack != at) && alive[k.number]*4 < k.size {
+			victims[k.number] = true
+			rewritten = append(rewritten, k.number)
+		}
+	}
+	e.mu.RUnlock()
+	if len(victims) == 0 {
+		return nil, nil
+	}
+	var w *packWriter
+	seal := func() error {
+		if w == nil {
+			return nil
+		}
+		err := w.write()
+		e.mu.Lock()
+		p.sealed = append(p.sealed, w.f)
+		e.mu.Unlock()
+		w = nil
+		return err
+	}
+	err = e.eachStored(func(b *block, at place) error {
+		if !victims[at.pack] || b.index > applied {
+			return nil
+		}
+		n, dead := e.aliveIn(b, now, true)
+		if n == 0 {
+			return nil
+		}
+		payload, err := p.read(b.topic, b.base, at)
+		if err != nil {
+			return err
+		}
+		if w != nil && w.size+uint64(len(w.buf)) >= p.limit {
+			if err := seal(); err != nil {
+				return err
+			}
+		}
+		if w == nil {
+			e.mu.Lock()
+			w, err = p.create()
+			e.mu.Unlock()
+			if err != nil {
+				return err
+			}
+		}
+		to := w.add(b, func(dst []byte) []byte { return appendThinned(dst, payload, dead) })
+		_ = batch.Set(e.keys.key(rowPayload, b.topic, b.base), to.appendRow(nil), nil) // a batch in memory takes everything
+		if len(w.buf) >= packSyncBytes {
+			return w.write()
+		}
+		return nil
+	})
+	if err = errors.Join(err, seal()); err != nil {
+		return nil, fmt.Errorf("engine: rewriting packs: %w", err)
+	}
+	return rewritten, nil
+}
+
+// eachStored visits the stored blocks that have a payload of their own, with the places of those.
+func (e *Engine) eachStored(visit func(b *block, at place) error) error {
+	heads, err := e.db.NewIter(&pebble.IterOptions{LowerBound: e.keys.key(rowBlock), UpperBound: keyspaceEnd(e.keys, rowBlock)})
+	if err != nil {
+		return fmt.Errorf("engine: reading block headers: %w", err)
+	}
+	defer func() { _ = heads.Close() }()
+	places, err := e.db.NewIter(&pebble.IterOptions{LowerBound: e.keys.key(rowPayload), UpperBound: keyspaceEnd(e.keys, rowPayload)})
+	if err != nil {
+		return fmt.Errorf("engine: reading places: %w", err)
+	}
+	defer func() { _ = places.Close() }()
+	heads.First()
+	for places.First(); places.Valid(); places.Next() {
+		key := places.Key()
+		for heads.Valid() && bytes.Compare(heads.Key()[1:], key[1:]) < 0 {
+			heads.Next() // a block of references
+		}
+		if !heads.Valid() || !bytes.Equal(heads.Key()[1:], key[1:]) {
+			continue // written since the other iterator was made
+		}
+		topic, _ := keyPart(key, 0)
+		base, _ := keyPart(key, 1)
+		row, err := places.ValueAndErr()
+		if err != nil {
+			return fmt.Errorf("engine: reading places: %w", err)
+		}
+		at, err := parsePlace(row)
+		if err != nil {
+			return err
+		}
+		head, err := heads.ValueAndErr()
+		if err != nil {
+			return fmt.Errorf("engine: reading block headers: %w", err)
+		}
+		b, err := parseBlock(topic, base, head)
+		if err == nil {
+			err = visit(b, at)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return errors.Join(heads.Error(), places.Error())
+}
+
+// aliveIn counts the messages of a block that are neither expired nor removed and, if asked, says which are not; nil
+// means that all are alive.
+func (e *Engine) aliveIn(b *block, now int64, which bool) (n uint32, dead []bool) {
+	e.mu.RLock()
+	defer e.mu.RUnlock()
+	t := e.byInc[b.topic]
+	if t == nil || b.lastExpiry <= now || b.end() <= t.first {
+		return 0, nil
+	}
+	if b.uniform && t.marked == 0 && b.base >= t.first {
+		return b.count, nil
+	}
+	return t.aliveIn(b, now, which)
+}
+
+func (t *topic) aliveIn(b *block, now int64, which bool) (n uint32, dead []bool) {
+	for i := range b.count {
+		if b.expiry(i) > now && !t.removed(b.base+uint64(i)) {
+			n++
+			continue
+		}
+		if which && dead == nil {
+			dead = make([]bool, b.count)
+		}
+		if which {
+			dead[i] = true
+		}
+	}
+	return n, dead
+}
+
+// appendThinned appends a payload with an empty record in place of each dead one.
+func appendThinned(dst, payload []byte, dead []bool) []byte {
+	if !slices.Contains(dead, true) {
+		return append(dst, payload...)
+	}
+	r := reader{b: payload}
+	r.u8()
+	r.uvarint()
+	dst = append(dst, payload[:len(payload)-len(r.b)]...)
+	for i := range dead {
+		rest := r.b
+		r.bytes()
+		if dead[i] {
+			dst = append(dst, 0)
+		} else {
+			dst = append(dst, rest[:len(rest)-len(r.b)]...)
+		}
+	}
+	return dst
+}
