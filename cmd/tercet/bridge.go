@@ -24,6 +24,7 @@ import (
 type bridgeOptions struct {
 	upstreamOptions
 	from, to, stream, copy string
+	source, receiving      gateway.Target // what from and to mean
 	once, noGroups         bool
 	metrics                string
 	logFormat, logLevel    string
@@ -32,7 +33,7 @@ type bridgeOptions struct {
 func (o *bridgeOptions) register(f *pflag.FlagSet) {
 	o.upstreamOptions.register(f)
 	f.StringVar(&o.from, "from", "", "`address` of the source (required)")
-	f.StringVar(&o.to, "to", "localhost:6379", "`address` of the receiving side: a Tercet node's Valkey port, or a real server for the way back")
+	f.StringVar(&o.to, "to", "localhost:6379", "`address` of the receiving side: Valkey ports of a Tercet cluster (a:6379,b:6379,c:6379), or a real server for the way back")
 	f.StringVar(&o.stream, "stream", "", "`name` of the source's stream (required)")
 	f.StringVar(&o.copy, "copy", "", "`name` of the receiving stream (default: the same)")
 	f.BoolVar(&o.noGroups, "no-groups", false, "leave the state of consumer groups out")
@@ -55,18 +56,14 @@ Positions, consumers and pending entries of consumer groups are carried along ev
 --iam-… flags are about the side whose address is rediss://.`,
 		Example: examples(`
 			tercet bridge --from rediss://app:secret@master.orders.use1.cache.amazonaws.com:6379 --to localhost:6379 --stream orders
-			tercet bridge --from localhost:6379 --to rediss://app:secret@master.orders.use1.cache.amazonaws.com:6379 --stream orders
+			tercet bridge --from node1:6379,node2:6379,node3:6379 --to rediss://app:secret@master.orders.use1.cache.amazonaws.com:6379 --stream orders
 			tercet bridge --from localhost:6380 --to localhost:6379 --stream orders --once
 			tercet bridge migrate --from rediss://app:secret@master.orders.use1.cache.amazonaws.com:6379 --stream orders`),
 		Args:        cobra.NoArgs,
 		Annotations: map[string]string{annotationCommandLine: "all"},
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return a.bridge(cmd.Context(), &o, func(ctx context.Context, b *bridge.Bridge) error {
-				err := b.Run(ctx, !o.once)
-				if errors.Is(context.Cause(ctx), errStopped) {
-					return nil
-				}
-				return err
+			return a.bridge(cmd.Context(), &o, func(ctx context.Context, b *bridge.Bridge, _ *bridgeView) error {
+				return stopped(ctx, b.Run(ctx, !o.once))
 			})
 		},
 	}
@@ -77,7 +74,7 @@ Positions, consumers and pending entries of consumer groups are carried along ev
 }
 
 // bridge opens a bridge, shows its progress, and runs it.
-func (a *app) bridge(ctx context.Context, o *bridgeOptions, run func(context.Context, *bridge.Bridge) error) error {
+func (a *app) bridge(ctx context.Context, o *bridgeOptions, run func(context.Context, *bridge.Bridge, *bridgeView) error) error {
 	if o.from == "" || o.stream == "" {
 		return usageError{errors.New("--from and --stream are required")}
 	}
@@ -85,12 +82,10 @@ func (a *app) bridge(ctx context.Context, o *bridgeOptions, run func(context.Con
 	if err != nil {
 		return usageError{err}
 	}
-	source, err := o.side(ctx, "--from", o.from)
-	if err != nil {
+	if o.source, err = o.side(ctx, "--from", o.from); err != nil {
 		return err
 	}
-	receiving, err := o.side(ctx, "--to", o.to)
-	if err != nil {
+	if o.receiving, err = o.side(ctx, "--to", o.to); err != nil {
 		return err
 	}
 	ctx, stop := a.untilSignal(ctx, log)
@@ -105,13 +100,29 @@ func (a *app) bridge(ctx context.Context, o *bridgeOptions, run func(context.Con
 		defer closeMetrics()
 	}
 	b, err := bridge.Open(ctx, bridge.Options{
-		From: source, To: receiving, Stream: o.stream, Copy: o.copy, Groups: !o.noGroups, Progress: shown.tell, Logger: log,
+		From: o.source, To: o.receiving, Stream: o.stream, Copy: o.copy, Groups: !o.noGroups, Progress: shown.tell, Logger: log,
 	})
 	if err != nil {
 		return codedError{exitPrecondition, err}
 	}
 	defer b.Close()
-	return run(ctx, b)
+	return run(ctx, b, shown)
+}
+
+// early is the error of a migration that ended before its copy was complete.
+func early(ctx context.Context, err error) error {
+	if errors.Is(context.Cause(ctx), errStopped) {
+		return errors.New("stopped before the copy was complete; the same command goes on where this one was")
+	}
+	return err
+}
+
+// stopped is the error of something that ran under ctx: none if it was the user who ended it.
+func stopped(ctx context.Context, err error) error {
+	if err != nil && errors.Is(context.Cause(ctx), errStopped) {
+		return nil
+	}
+	return err
 }
 
 // side is one end's target. The IAM flags are for the encrypted one.
@@ -215,6 +226,7 @@ type migrated struct {
 	Missing   int64  `json:"missing"`
 	Foreign   int64  `json:"foreign"`
 	Different int64  `json:"different"`
+	Deleted   int64  `json:"deletedSince"`
 	First     string `json:"firstDifference,omitempty"`
 	Checksum  string `json:"checksum"`
 	Equal     bool   `json:"equal"`
@@ -227,8 +239,11 @@ func (a *app) migrateCommand() *cobra.Command {
 		Use:   "migrate",
 		Short: "Move a stream: back-fill, compare, say when to switch, follow until the switch",
 		Long: `Back-fills the stream, follows it until nothing is missing, compares every entry on both sides by count and
-checksum, and says when to switch the clients. It goes on following; when the clients have switched and the source
-is quiet, interrupt it (Ctrl-C): it copies what is left, carries the groups' state over a last time and compares again.
+checksum, and says when to switch the clients. It goes on following until you stop the clients and interrupt it
+(Ctrl-C): it copies what is left, carries the groups' state over a last time, compares what came since, and says that
+the clients can be started at the receiving side. That pause takes a few seconds, however long the stream is.
+
+What the source deletes or trims after it was copied stays in the copy; the comparison counts it and goes on.
 
 The way back is the same command with --from and --to exchanged: entries written since the switch are copied back.`,
 		Example: examples(`
@@ -238,32 +253,37 @@ The way back is the same command with --from and --to exchanged: entries written
 		Args:        cobra.NoArgs,
 		Annotations: map[string]string{annotationCommandLine: "all"},
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return a.bridge(cmd.Context(), &o, func(ctx context.Context, b *bridge.Bridge) error {
+			return a.bridge(cmd.Context(), &o, func(ctx context.Context, b *bridge.Bridge, shown *bridgeView) error {
 				if verifyOnly {
-					return a.compare(ctx, b, &o)
+					_, err := a.compare(ctx, b, &o, bridge.Comparison{})
+					return err
 				}
 				a.note("back-filling %s", o.stream)
 				if err := b.Run(ctx, false); err != nil {
-					return err
+					return early(ctx, err)
 				}
-				if err := a.compare(ctx, b, &o); err != nil {
-					return err
+				shown.end()
+				c, err := a.compare(ctx, b, &o, bridge.Comparison{})
+				if err != nil {
+					return early(ctx, err)
 				}
-				a.note("The copy is complete. Switch the clients to %s now; consumers first, then producers.", o.to)
-				a.note("Following until interrupted; press Ctrl-C when nothing writes to the source any more.")
-				if err := b.Run(ctx, true); err != nil && !errors.Is(context.Cause(ctx), errStopped) {
+				a.note("The copy is complete and follows the source. To switch: stop the clients of %s, producers and consumers; then press Ctrl-C.", o.source)
+				a.note("What is left is copied and compared then, in the time that a few entries take, and you start the clients at %s.", o.receiving)
+				if err := b.Run(ctx, true); stopped(ctx, err) != nil {
 					return err
 				}
 				rest, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Minute)
 				defer cancel()
+				shown.end()
 				a.note("copying what is left")
 				if err := b.Run(rest, false); err != nil {
 					return err
 				}
-				if err := a.compare(rest, b, &o); err != nil {
+				shown.end()
+				if _, err := a.compare(rest, b, &o, c); err != nil {
 					return err
 				}
-				a.note("Done. The way back: tercet bridge migrate --from %s --to ADDRESS-OF-THE-SOURCE --stream %s", o.to, o.stream)
+				a.note("Done: start the clients at %s. The way back: the same command with --from and --to exchanged.", o.receiving)
 				return nil
 			})
 		},
@@ -274,24 +294,28 @@ The way back is the same command with --from and --to exchanged: entries written
 }
 
 // compare compares both sides and prints what it found. A difference fails the command.
-func (a *app) compare(ctx context.Context, b *bridge.Bridge, o *bridgeOptions) error {
+func (a *app) compare(ctx context.Context, b *bridge.Bridge, o *bridgeOptions, since bridge.Comparison) (bridge.Comparison, error) {
 	next := time.Now().Add(2 * time.Second)
-	c, err := b.Verify(ctx, func(n int64) {
+	c, err := b.Verify(ctx, since, func(n int64) {
 		if time.Now().After(next) {
 			next = time.Now().Add(2 * time.Second)
 			a.note("compared %d entries", n)
 		}
 	})
 	if err != nil {
-		return err
+		return c, err
 	}
 	m := migrated{
 		Stream: o.stream, Position: c.Position, Source: c.Source, Copy: c.Copy, Missing: c.Missing, Foreign: c.Foreign,
-		Different: c.Different, First: c.FirstDifference, Checksum: fmt.Sprintf("%016x", c.Sum), Equal: c.Equal(),
+		Different: c.Different, Deleted: c.Deleted, First: c.FirstDifference, Checksum: fmt.Sprintf("%016x", c.Sum), Equal: c.Equal(),
 	}
 	err = a.print(m, func(w io.Writer) error {
 		if m.Equal {
-			_, err := fmt.Fprintf(w, "equal: %d entries up to %s, checksum %s\n", m.Source, m.Position, m.Checksum)
+			deleted := ""
+			if m.Deleted > 0 {
+				deleted = fmt.Sprintf("; the copy has %d more that the source has deleted since", m.Deleted)
+			}
+			_, err := fmt.Fprintf(w, "equal: %d entries up to %s, checksum %s%s\n", m.Source, m.Position, m.Checksum, deleted)
 			return err
 		}
 		_, err := fmt.Fprintf(w, "different: source %d, copy %d entries up to %s; %d missing, %d foreign, %d different; the first at %s\n",
@@ -299,7 +323,7 @@ func (a *app) compare(ctx context.Context, b *bridge.Bridge, o *bridgeOptions) e
 		return err
 	})
 	if err == nil && !m.Equal {
-		err = codedError{exitPrecondition, errors.New("the copy is not the source; entries that were deleted or trimmed on one side only are such differences")}
+		err = codedError{exitPrecondition, errors.New("the copy is not the source: copy into another stream (--copy NAME), or delete the copy first")}
 	}
-	return err
+	return c, err
 }

@@ -10,9 +10,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"fmt"
-	"io"
 	"math/big"
-	"net"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -24,72 +22,6 @@ import (
 
 	"tercet.dev/tercet/compat/internal/redistest"
 )
-
-// endpoint is what a service's name is: an address that leads to whoever is the primary. New connections go there;
-// those that exist stay where they are.
-type endpoint struct {
-	l       net.Listener
-	primary atomic.Pointer[string]
-	mu      sync.Mutex
-	conns   map[net.Conn]struct{}
-	group   sync.WaitGroup
-}
-
-func newEndpoint(t *testing.T, primary string) *endpoint {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	e := &endpoint{l: l, conns: make(map[net.Conn]struct{})}
-	e.primary.Store(&primary)
-	e.group.Go(func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			e.group.Go(func() { e.serve(c) })
-		}
-	})
-	t.Cleanup(func() {
-		l.Close()
-		e.cut()
-		e.group.Wait()
-	})
-	return e
-}
-
-func (e *endpoint) addr() string { return e.l.Addr().String() }
-
-func (e *endpoint) serve(c net.Conn) {
-	defer c.Close()
-	s, err := net.Dial("tcp", *e.primary.Load())
-	if err != nil {
-		return
-	}
-	defer s.Close()
-	e.mu.Lock()
-	e.conns[c] = struct{}{}
-	e.mu.Unlock()
-	e.group.Go(func() {
-		io.Copy(s, c)
-		s.Close()
-	})
-	io.Copy(c, s)
-	e.mu.Lock()
-	delete(e.conns, c)
-	e.mu.Unlock()
-}
-
-// cut breaks the connections that exist.
-func (e *endpoint) cut() {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	for c := range e.conns {
-		c.Close()
-	}
-}
 
 // TestFailover publishes and consumes while a replica is promoted: with WAIT for the replica nothing that was
 // acknowledged is lost, and the gateway finds the new primary behind the same name.
@@ -104,8 +36,8 @@ func TestFailover(t *testing.T) {
 				}
 				return nil
 			})
-			e := newEndpoint(t, first.Addr())
-			a := open(t, Options{Target: Target{Addr: e.addr(), Mode: Single}, Worth: Worth{Replicas: 1, Timeout: time.Second}, Require: Level{rankReplicas, 1}})
+			e := redistest.NewEndpoint(t, first.Addr())
+			a := open(t, Options{Target: Target{Addr: e.Addr(), Mode: Single}, Worth: Worth{Replicas: 1, Timeout: time.Second}, Require: Level{rankReplicas, 1}})
 
 			ctx, stop := context.WithCancel(t.Context())
 			var mu sync.Mutex
@@ -154,7 +86,7 @@ func TestFailover(t *testing.T) {
 			case "the primary dies":
 				first.Kill()
 				second.Do("REPLICAOF", "NO", "ONE")
-				e.primary.Store(&addr)
+				e.Lead(addr)
 				// A third server takes the replica's place, or WAIT would never be satisfied again.
 				redistest.Start(t, "--replicaof", "127.0.0.1 "+strconv.Itoa(second.Port))
 			case "the primary becomes a replica":
@@ -162,10 +94,10 @@ func TestFailover(t *testing.T) {
 				time300 := time.NewTimer(50 * time.Millisecond) // what was written before is on its way
 				<-time300.C
 				second.Do("REPLICAOF", "NO", "ONE")
-				e.primary.Store(&addr)
+				e.Lead(addr)
 				first.Do("REPLICAOF", "127.0.0.1", strconv.Itoa(second.Port))
 			case "the network is cut":
-				e.cut()
+				e.Cut()
 			}
 			more(200)
 			stop()

@@ -40,6 +40,9 @@ type Target struct {
 	// Addr is host:port, of the primary endpoint or the configuration endpoint. TLS certificates are checked against
 	// the host, so it should be a name.
 	Addr string
+	// Others are further addresses of the same service, each as good as Addr: the other nodes of a Tercet cluster. A
+	// connection that is refused, or whose node does not serve, is made to the next.
+	Others []string
 	// TLS is nil for a plain connection.
 	TLS *tls.Config
 	// Username and Password log in; a password alone is the AUTH token of the default user.
@@ -53,12 +56,14 @@ type Target struct {
 }
 
 // ParseTarget reads an upstream address: redis://, rediss://, valkey://, valkeys:// with [user[:password]@]host[:port][/database],
-// or host:port alone. caFile names further trusted certificates.
+// or host:port alone. Several hosts,
+// separated by commas, are nodes of one Tercet cluster. caFile names further trusted certificates.
 func ParseTarget(s, caFile string) (Target, error) {
 	var t Target
 	if !strings.Contains(s, "://") {
 		s = "redis://" + s
 	}
+	s, others := splitHosts(s)
 	u, err := url.Parse(s)
 	if err != nil {
 		return t, errors.New("upstream: not an address of the form rediss://user:password@host:port")
@@ -79,6 +84,16 @@ func ParseTarget(s, caFile string) (Target, error) {
 		port = "6379"
 	}
 	t.Addr = net.JoinHostPort(host, port)
+	for _, a := range others {
+		o, err := url.Parse("redis://" + a)
+		if err != nil || o.Hostname() == "" || o.User != nil || o.Path != "" {
+			return t, fmt.Errorf("upstream: %q among several addresses: want host:port", a)
+		}
+		if port = o.Port(); port == "" {
+			port = "6379"
+		}
+		t.Others = append(t.Others, net.JoinHostPort(o.Hostname(), port))
+	}
 	if u.User != nil {
 		t.Username = u.User.Username()
 		t.Password, _ = u.User.Password()
@@ -117,6 +132,21 @@ func ParseTarget(s, caFile string) (Target, error) {
 	return t, nil
 }
 
+// splitHosts takes all hosts but the first out of scheme://user:password@a:1,b:2,c:3/database.
+func splitHosts(s string) (string, []string) {
+	start := strings.Index(s, "://") + 3
+	rest := s[start:]
+	end := len(rest)
+	if i := strings.IndexAny(rest, "/?#"); i >= 0 {
+		end = i
+	}
+	if i := strings.LastIndexByte(rest[:end], '@'); i >= 0 {
+		start, rest, end = start+i+1, rest[i+1:], end-i-1
+	}
+	hosts := strings.Split(rest[:end], ",")
+	return s[:start] + hosts[0] + rest[end:], hosts[1:]
+}
+
 // String is the target without its secrets.
 func (t Target) String() string {
 	scheme := "redis://"
@@ -126,7 +156,7 @@ func (t Target) String() string {
 	if t.Username != "" {
 		scheme += t.Username + "@"
 	}
-	return scheme + t.Addr
+	return scheme + strings.Join(append([]string{t.Addr}, t.Others...), ",")
 }
 
 // options are the client's for this target.
@@ -157,8 +187,31 @@ func (t Target) options() valkey.ClientOption {
 	return o
 }
 
-// Dial connects to the upstream.
+// Dial connects to the upstream, at the first of its addresses that answers.
 func (t Target) Dial() (valkey.Client, error) {
+	c, _, err := t.dialFrom(0)
+	return c, err
+}
+
+// dialFrom connects to one of the addresses, trying them in turn from the given one on, and returns which it was.
+func (t Target) dialFrom(turn int) (valkey.Client, int, error) {
+	addrs := append([]string{t.Addr}, t.Others...)
+	var first error
+	for i := range addrs {
+		at := (turn + i) % len(addrs)
+		t.Addr = addrs[at]
+		c, err := t.dialOne()
+		if err == nil {
+			return c, at, nil
+		}
+		if first == nil {
+			first = err
+		}
+	}
+	return nil, 0, first
+}
+
+func (t Target) dialOne() (valkey.Client, error) {
 	o := t.options()
 	if t.Mode == Cluster {
 		// Two addresses make the client insist on cluster mode; the second is the first again.
@@ -179,6 +232,7 @@ type Upstream struct {
 	current  atomic.Pointer[clientRef]
 	retiring sync.WaitGroup
 	mu       sync.Mutex // held while replacing
+	turn     int        // which of the addresses the present client was dialled at
 	closed   bool
 }
 
@@ -206,11 +260,11 @@ func (r *clientRef) use(f func(valkey.Client) error) error {
 
 // Connect dials a target.
 func Connect(t Target, log hclog.Logger) (*Upstream, error) {
-	c, err := t.Dial()
+	c, turn, err := t.dialFrom(0)
 	if err != nil {
 		return nil, err
 	}
-	u := &Upstream{target: t, log: log}
+	u := &Upstream{target: t, log: log, turn: turn}
 	u.current.Store(&clientRef{Client: c, since: time.Now()})
 	return u, nil
 }
@@ -228,10 +282,11 @@ func (u *Upstream) replace(old *clientRef, why error) error {
 	if u.current.Load() != old || time.Since(old.since) < redialEvery {
 		return nil
 	}
-	c, err := u.target.Dial()
+	c, turn, err := u.target.dialFrom(u.turn + 1)
 	if err != nil {
 		return err
 	}
+	u.turn = turn
 	u.log.Warn("dialled the upstream anew", "upstream", u.target.String(), "reason", why)
 	u.current.Store(&clientRef{Client: c, since: time.Now()})
 	u.retiring.Add(1)
@@ -289,11 +344,14 @@ func refusedLogin(err error) bool {
 func (u *Upstream) Use(f func(valkey.Client) error) error {
 	ref := u.current.Load()
 	err := ref.use(f)
-	if err != nil && !valkey.IsValkeyNil(err) && (moved(err) && !passing(err) || refusedLogin(err) || broken(err)) {
+	if err != nil && !valkey.IsValkeyNil(err) && (moved(err) && (!passing(err) || len(u.target.Others) > 0) || refusedLogin(err) || broken(err)) {
 		u.replaceQuietly(ref, err)
 	}
 	return err
 }
+
+// Unreachable reports whether an error says that nobody answers at an address, as opposed to somebody who refuses.
+func Unreachable(err error) bool { return broken(err) }
 
 // broken reports whether an error came from the connection.
 func broken(err error) bool {

@@ -58,20 +58,22 @@ type Bridge struct {
 	from, to *gateway.Upstream
 	log      hclog.Logger
 
-	record   string // key of the record beside the copy
-	position string
-	copied   int64
-	sum      uint64 // chained checksum of all entries copied
+	place  string // key of the record beside the copy
+	record        // as it was last written, or as the copy was found
+	writer writer
 
 	started  time.Time
 	ours     int64 // copied in this run
 	told     time.Time
 	pastHead bool
+	shorter  bool // the source ended before the copy when it was looked at
 }
 
 const (
 	readBlock   = 2 * time.Second
 	groupsEvery = 5 * time.Second
+	// connectPatience is how long a bridge that starts waits for somebody to listen.
+	connectPatience = 15 * time.Second
 	retryMin    = 50 * time.Millisecond
 	retryMax    = 5 * time.Second
 )
@@ -94,82 +96,99 @@ func Open(ctx context.Context, o Options) (*Bridge, error) {
 	if o.From.Addr == o.To.Addr && o.Stream == o.Copy {
 		return nil, errors.New("source and copy are one stream")
 	}
-	b := &Bridge{o: o, log: o.Logger, record: "{" + o.Copy + "}:tercet:bridge", position: "0-0"}
+	b := &Bridge{o: o, log: o.Logger, place: recordKey(o.Copy)}
 	var err error
-	if b.from, err = gateway.Connect(o.From, o.Logger); err != nil {
-		return nil, fmt.Errorf("source: %w", err)
+	if b.from, err = b.connect(ctx, "source", o.From); err != nil {
+		return nil, err
 	}
-	if b.to, err = gateway.Connect(o.To, o.Logger); err != nil {
+	if b.to, err = b.connect(ctx, "receiving side", o.To); err != nil {
 		b.from.Close()
-		return nil, fmt.Errorf("receiving side: %w", err)
+		return nil, err
 	}
-	if err := b.locate(ctx); err != nil {
+	if err := b.retry(ctx, "copy", func() error { return b.locate(ctx) }); err != nil {
 		b.Close()
 		return nil, err
 	}
 	return b, nil
 }
 
+// connect dials one side. A bridge may be started in the middle of a failover: nobody listening is waited out for a while.
+func (b *Bridge) connect(ctx context.Context, what string, t gateway.Target) (u *gateway.Upstream, err error) {
+	patience, cancel := context.WithTimeout(ctx, connectPatience)
+	defer cancel()
+	var last error
+	err = b.retry(patience, what, func() error {
+		u, last = gateway.Connect(t, b.o.Logger)
+		if last != nil && !gateway.Unreachable(last) {
+			return fatal{last}
+		}
+		return last
+	})
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", what, last)
+	}
+	return u, nil
+}
+
 // Close disconnects.
 func (b *Bridge) Close() {
+	b.writer.release()
 	b.from.Close()
 	b.to.Close()
 }
 
 // Position is the ID of the last entry copied.
-func (b *Bridge) Position() string { return b.position }
+func (b *Bridge) Position() string { return b.Place }
 
-// source is how the record names the source: the stream, not the address, which is another after a failover.
-func (b *Bridge) source() string { return b.o.Stream }
-
-// locate reads the record on the receiving side.
+// locate finds out how far the copy goes.
 func (b *Bridge) locate(ctx context.Context) error {
-	rec, err := b.ask(ctx, b.to, "HGETALL", b.record).AsStrMap()
-	if err != nil && !valkey.IsValkeyNil(err) && !unknownCommand(err) {
+	b.record = record{Source: b.o.Stream, Place: "0-0"}
+	text, err := b.ask(ctx, b.to, "GET", b.place).ToString()
+	if err != nil && !valkey.IsValkeyNil(err) {
 		return fmt.Errorf("receiving side: %w", err)
 	}
-	if len(rec) > 0 {
-		return b.restore(rec)
-	}
-	last, err := b.ask(ctx, b.to, "XREVRANGE", b.o.Copy, "+", "-", "COUNT", "1").AsXRange()
+	last, err := b.ask(ctx, b.to, "XREVRANGE", b.o.Copy, "+", "-", "COUNT", "1").ToArray()
 	if err != nil {
 		return fmt.Errorf("receiving side: %w", err)
 	}
-	if len(last) == 0 {
+	mine, err := entriesOf(last)
+	if err != nil {
+		return fmt.Errorf("receiving side: %w", err)
+	}
+	if text != "" {
+		rec, err := parseRecord(text)
+		switch {
+		case err != nil:
+			return fatal{fmt.Errorf("the record %s on the receiving side cannot be read: %w", b.place, err)}
+		case rec.Source != b.o.Stream:
+			return fatal{fmt.Errorf("stream %s on the receiving side is a copy of stream %q, not of %q: copy into another stream (--copy NAME)",
+				b.o.Copy, rec.Source, b.o.Stream)}
+		case len(mine) == 0 || !less(rec.Place, mine[0].id):
+			b.record = rec
+			return nil
+		}
+	}
+	if len(mine) == 0 {
 		return nil
 	}
-	// A copy without a record: the way back after a migration. It can go on if its newest entry is the source's too.
-	same, err := b.ask(ctx, b.from, "XRANGE", b.o.Stream, last[0].ID, last[0].ID).ToArray()
+	// The copy holds entries that no bridge in this direction brought: the way back after a switch, or the way forth
+	// after that. It can go on if the newest of them is the source's too.
+	same, err := b.ask(ctx, b.from, "XRANGE", b.o.Stream, mine[0].id, mine[0].id).ToArray()
 	if err != nil {
 		return fmt.Errorf("source: %w", err)
 	}
-	mine, err := b.ask(ctx, b.to, "XRANGE", b.o.Copy, last[0].ID, last[0].ID).ToArray()
+	theirs, err := entriesOf(same)
 	if err != nil {
-		return fmt.Errorf("receiving side: %w", err)
+		return fmt.Errorf("source: %w", err)
 	}
-	if len(same) != 1 || len(mine) != 1 || digest(same[0]) != digest(mine[0]) {
-		return fmt.Errorf("stream %s on the receiving side holds entries that are not the source's (the newest is %s): copy into another "+
-			"stream (--copy NAME), or delete it first", b.o.Copy, last[0].ID)
+	if len(theirs) != 1 || chain(0, theirs) != chain(0, mine) {
+		return fatal{fmt.Errorf("stream %s on the receiving side holds entries that are not the source's (the newest is %s): copy into another "+
+			"stream (--copy NAME), or delete it first", b.o.Copy, mine[0].id)}
 	}
-	b.position = last[0].ID
-	n, err := b.ask(ctx, b.to, "XLEN", b.o.Copy).AsInt64()
-	b.copied = n
+	b.Place = mine[0].id
+	b.Copied, err = b.ask(ctx, b.to, "XLEN", b.o.Copy).AsInt64()
+	b.was = text
 	return err
-}
-
-// restore takes a record over.
-func (b *Bridge) restore(rec map[string]string) error {
-	if rec["source"] != b.source() {
-		return fmt.Errorf("stream %s on the receiving side is a copy of stream %q, not of %q: copy into another stream (--copy NAME)",
-			b.o.Copy, rec["source"], b.source())
-	}
-	n, err := strconv.ParseInt(rec["copied"], 10, 64)
-	sum, err2 := strconv.ParseUint(rec["sum"], 16, 64)
-	if err != nil || err2 != nil || !strings.Contains(rec["position"], "-") {
-		return fmt.Errorf("the record %s on the receiving side cannot be read: %v", b.record, rec)
-	}
-	b.position, b.copied, b.sum = rec["position"], n, sum
-	return nil
 }
 
 // ask runs one command on a key of one side.
@@ -229,17 +248,6 @@ func (e *entry) hashInto(h hash.Hash) {
 	}
 }
 
-// digest is the checksum of one entry as the server tells it.
-func digest(m valkey.ValkeyMessage) uint64 {
-	es, err := entriesOf([]valkey.ValkeyMessage{m})
-	if err != nil {
-		return 0
-	}
-	h := xxhash.New()
-	es[0].hashInto(h)
-	return h.Sum64()
-}
-
 // chain adds entries to a chained checksum.
 func chain(sum uint64, es []entry) uint64 {
 	h := xxhash.New()
@@ -254,10 +262,24 @@ func chain(sum uint64, es []entry) uint64 {
 
 // Run copies until ctx ends, or, without follow, until nothing is missing. Trouble on either side is waited out.
 func (b *Bridge) Run(ctx context.Context, follow bool) error {
-	b.started = time.Now()
+	b.started, b.ours = time.Now(), 0
+	for {
+		err := b.run(ctx, follow)
+		if !errors.Is(err, errBehind) {
+			return err
+		}
+		// A failover of the receiving side took the last transactions back, record and entries together.
+		b.log.Warn("the receiving side lost the end of the copy; going on from what it has", "position", b.Place)
+		if err := b.retry(ctx, "receiving side", func() error { return b.locate(ctx) }); err != nil {
+			return err
+		}
+	}
+}
+
+func (b *Bridge) run(ctx context.Context, follow bool) error {
 	read := b.reader(ctx)
 	defer read.stop()
-	groups := time.Time{}
+	checked := time.Time{}
 	for ctx.Err() == nil {
 		batch, err := read.next(ctx)
 		if err != nil {
@@ -269,26 +291,68 @@ func (b *Bridge) Run(ctx context.Context, follow bool) error {
 			}
 		}
 		caught := read.caughtUp()
-		if caught && !b.pastHead {
-			b.pastHead = true
-		}
-		if b.o.Groups && caught && time.Since(groups) >= groupsEvery {
-			if err := b.retry(ctx, "groups", func() error { return b.copyGroups(ctx) }); err != nil {
+		b.pastHead = b.pastHead || caught
+		last := caught && !follow
+		if caught && (last || time.Since(checked) >= groupsEvery) {
+			if err := b.retry(ctx, "source", func() error { return b.checkSource(ctx) }); err != nil {
 				return err
 			}
-			groups = time.Now()
-		}
-		b.tell(ctx, caught)
-		if caught && !follow {
 			if b.o.Groups {
 				if err := b.retry(ctx, "groups", func() error { return b.copyGroups(ctx) }); err != nil {
 					return err
 				}
 			}
+			checked = time.Now()
+		}
+		b.tell(ctx, caught)
+		if last {
 			return nil
 		}
 	}
 	return ctx.Err()
+}
+
+// checkSource watches for a source that lost entries which had been copied: a failover to a replica that was behind. They
+// stay in the copy. What the source appends from then on is newer than they are, unless its clock is behind as well; that
+// cannot be brought into the order of the copy, and is not passed over in silence. Looking at one entry is enough: nothing
+// can have been appended below one that both sides have.
+func (b *Bridge) checkSource(ctx context.Context) error {
+	list, err := b.ask(ctx, b.from, "XREVRANGE", b.o.Stream, "+", "-", "COUNT", "1").ToArray()
+	if err != nil {
+		return err
+	}
+	newest, err := entriesOf(list)
+	if err != nil {
+		return err
+	}
+	shorter := len(newest) == 0 || less(newest[0].id, b.Place)
+	if shorter && !b.shorter {
+		b.log.Warn("the source ends before the copy does; what it lost or deleted stays in the copy", "copy", b.Place)
+	}
+	b.shorter = shorter
+	if len(newest) == 0 {
+		return nil
+	}
+	if list, err = b.ask(ctx, b.from, "XREVRANGE", b.o.Stream, b.Place, "-", "COUNT", "1").ToArray(); err != nil {
+		return err
+	}
+	theirs, err := entriesOf(list)
+	if err != nil || len(theirs) == 0 {
+		return err
+	}
+	// The copy's entry at that place, or the one behind it.
+	if list, err = b.ask(ctx, b.to, "XRANGE", b.o.Copy, theirs[0].id, "+", "COUNT", "1").ToArray(); err != nil {
+		return err
+	}
+	mine, err := entriesOf(list)
+	if err != nil || len(mine) == 1 && chain(0, mine) == chain(0, theirs) {
+		return err
+	}
+	if list, err = b.ask(ctx, b.to, "XREVRANGE", b.o.Copy, theirs[0].id, "-", "COUNT", "1").ToArray(); err != nil || len(list) == 0 {
+		return err // the copy was trimmed
+	}
+	return fatal{fmt.Errorf("the source lost entries and went on before them: entry %s cannot follow %s in the copy; copy into another "+
+		"stream (--copy NAME)", theirs[0].id, b.Place)}
 }
 
 // tell reports progress.
@@ -297,10 +361,10 @@ func (b *Bridge) tell(ctx context.Context, caught bool) {
 		return
 	}
 	b.told = time.Now()
-	p := Progress{Copied: b.copied, Position: b.position, Lag: -1, Following: b.pastHead}
+	p := Progress{Copied: b.Copied, Position: b.Place, Lag: -1, Following: b.pastHead}
 	if n, err := b.ask(ctx, b.from, "XLEN", b.o.Stream).AsInt64(); err == nil {
-		p.Total = max(n, b.copied)
-		p.Lag = max(n-b.copied, 0)
+		p.Total = max(n, b.Copied)
+		p.Lag = max(n-b.Copied, 0)
 	}
 	if caught {
 		p.Lag = 0
@@ -330,7 +394,7 @@ type batch struct {
 func (b *Bridge) reader(ctx context.Context) *reader {
 	ctx, cancel := context.WithCancel(ctx)
 	r := &reader{b: b, got: make(chan batch, 2), cancel: cancel, done: make(chan struct{}), behind: true}
-	go r.run(ctx, b.position)
+	go r.run(ctx, b.Place)
 	return r
 }
 
@@ -462,72 +526,6 @@ func (r *reader) next(ctx context.Context) ([]entry, error) {
 // caughtUp reports whether everything that was read is stored and the source had nothing more.
 func (r *reader) caughtUp() bool { return !r.behind && len(r.rest) == 0 && len(r.got) == 0 }
 
-// errElsewhere says that another bridge has moved the copy on.
-var errElsewhere = errors.New("another bridge writes to the same copy: stop one of them")
-
-// store appends entries to the copy and moves its record, in one transaction that is conditional on the record. When
-// the outcome is not known, the record tells.
-func (b *Bridge) store(ctx context.Context, es []entry) error {
-	sum := chain(b.sum, es)
-	position, copied := es[len(es)-1].id, b.copied+int64(len(es))
-	return b.retry(ctx, "receiving side", func() error {
-		return b.to.Use(func(client valkey.Client) error {
-			c, release := client.Dedicate()
-			defer release()
-			first := c.DoMulti(ctx, c.B().Watch().Key(b.record).Build(), c.B().Hget().Key(b.record).Field("position").Build())
-			if err := first[0].Error(); err != nil {
-				return err
-			}
-			at, err := first[1].ToString()
-			if err != nil && !valkey.IsValkeyNil(err) {
-				return err
-			}
-			switch {
-			case at == position:
-				// A transaction whose answer was lost did happen.
-				b.advance(position, copied, sum, len(es))
-				return c.Do(ctx, c.B().Unwatch().Build()).Error()
-			case at != "" && at != b.position:
-				return fatal{fmt.Errorf("%w (the record says %s, this one is at %s)", errElsewhere, at, b.position)}
-			}
-			cmds := make([]valkey.Completed, 0, len(es)+3)
-			cmds = append(cmds, c.B().Multi().Build())
-			for i := range es {
-				cmds = append(cmds, c.B().Arbitrary("XADD").Keys(b.o.Copy).Args(es[i].id).Args(es[i].pairs...).Build())
-			}
-			cmds = append(cmds, c.B().Hset().Key(b.record).FieldValue().
-				FieldValue("source", b.source()).FieldValue("position", position).
-				FieldValue("copied", strconv.FormatInt(copied, 10)).FieldValue("sum", strconv.FormatUint(sum, 16)).Build(),
-				c.B().Exec().Build())
-			answers := c.DoMulti(ctx, cmds...)
-			for _, a := range answers[:len(answers)-1] {
-				if err := a.Error(); err != nil {
-					return err
-				}
-			}
-			results, err := answers[len(answers)-1].ToArray()
-			switch {
-			case valkey.IsValkeyNil(err):
-				return errors.New("the record changed under the transaction")
-			case err != nil:
-				return err
-			}
-			for i, r := range results {
-				if err := r.Error(); err != nil {
-					return fatal{fmt.Errorf("entry %s was refused, and the copy now has a gap: %w", es[min(i, len(es)-1)].id, err)}
-				}
-			}
-			b.advance(position, copied, sum, len(es))
-			return nil
-		})
-	})
-}
-
-func (b *Bridge) advance(position string, copied int64, sum uint64, n int) {
-	b.position, b.copied, b.sum = position, copied, sum
-	b.ours += int64(n)
-}
-
 // fatal is an error that repeating does not help.
 type fatal struct{ error }
 
@@ -573,9 +571,4 @@ func refused(err error) bool {
 		}
 	}
 	return true
-}
-
-func unknownCommand(err error) bool {
-	ve, ok := valkey.IsValkeyErr(err)
-	return ok && strings.Contains(ve.Error(), "unknown command")
 }

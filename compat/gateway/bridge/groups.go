@@ -3,22 +3,34 @@ package bridge
 import (
 	"context"
 	"fmt"
+	"maps"
 	"strconv"
 	"strings"
 
 	"github.com/valkey-io/valkey-go"
+
+	"tercet.dev/tercet/compat/gateway"
 )
 
-// copyGroups makes the receiving side's consumer groups what the source's are: position, consumers, pending entries with
-// their owners, idle times and delivery counts. Entries that are not pending at the source any more are acknowledged.
-// Groups that exist on the receiving side alone are left as they are.
+// copyGroups makes the receiving side's consumer groups what the source's are: position, pending entries with their
+// owners, idle times and delivery counts. Entries that are not pending at the source any more are acknowledged. Groups that
+// exist on the receiving side alone are left as they are, and so is a group from which somebody there has read: its state
+// is theirs from then on.
 func (b *Bridge) copyGroups(ctx context.Context) error {
-	groups, err := b.groups(ctx)
+	groups, err := b.groups(ctx, b.from, b.o.Stream)
+	if err != nil || len(groups) == 0 {
+		return err
+	}
+	list, err := b.groups(ctx, b.to, b.o.Copy)
 	if err != nil {
 		return err
 	}
+	there := make(map[string]groupInfo, len(list))
+	for _, g := range list {
+		there[g.name] = g
+	}
 	for _, g := range groups {
-		if err := b.copyGroup(ctx, g); err != nil {
+		if err := b.copyGroup(ctx, g, there); err != nil {
 			return fmt.Errorf("group %s: %w", g.name, err)
 		}
 	}
@@ -28,8 +40,8 @@ func (b *Bridge) copyGroups(ctx context.Context) error {
 // groupInfo is a line of XINFO GROUPS.
 type groupInfo struct{ name, position, read string }
 
-func (b *Bridge) groups(ctx context.Context) ([]groupInfo, error) {
-	rows, err := b.ask(ctx, b.from, "XINFO GROUPS", b.o.Stream).ToArray()
+func (b *Bridge) groups(ctx context.Context, side *gateway.Upstream, stream string) ([]groupInfo, error) {
+	rows, err := b.ask(ctx, side, "XINFO GROUPS", stream).ToArray()
 	if err != nil {
 		if strings.Contains(err.Error(), "no such key") {
 			return nil, nil
@@ -66,51 +78,98 @@ type pending struct {
 	idle, count  int64
 }
 
-// pageSize bounds one answer about pending entries.
+// pageSize bounds one answer about pending entries, and one transaction that changes them.
 const pageSize = 1000
 
-func (b *Bridge) copyGroup(ctx context.Context, g groupInfo) error {
-	position := g.position
-	if less(b.position, position) {
-		position = b.position // what is not copied yet was not passed
+// command is one change of a group.
+type command struct {
+	words []string // the command's own
+	args  []string // behind the key
+}
+
+func (b *Bridge) copyGroup(ctx context.Context, g groupInfo, theirs map[string]groupInfo) error {
+	name := groupName(g.name)
+	if b.Own[name] {
+		return nil
 	}
-	start := []string{g.name, position}
-	if g.read != "" && position == g.position {
-		start = append(start, "ENTRIESREAD", g.read)
-	}
-	err := b.ask(ctx, b.to, "XGROUP SETID", b.o.Copy, start...).Error()
-	if err != nil && strings.HasPrefix(err.Error(), "NOGROUP") || err != nil && strings.Contains(err.Error(), "requires the key to exist") {
-		create := append([]string{start[0], start[1], "MKSTREAM"}, start[2:]...)
-		err = b.ask(ctx, b.to, "XGROUP CREATE", b.o.Copy, create...).Error()
-	}
-	if err != nil {
+	old, exists := theirs[g.name]
+	if given, ok := b.Groups[name]; ok && exists && less(given, old.position) {
+		b.log.Warn("consumers at the receiving side read from the group: its state is not carried along any more", "group", g.name)
+		next := b.record
+		next.Own = maps.Clone(b.Own)
+		if next.Own == nil {
+			next.Own = make(map[string]bool)
+		}
+		next.Own[name] = true
+		_, err := b.transact(ctx, next, func(valkey.Client) []valkey.Completed { return nil })
 		return err
+	}
+	position, read := g.position, g.read
+	if less(b.Place, position) {
+		position, read = b.Place, "" // what is not copied yet was not passed
+	}
+	var changes []command
+	if !exists || old.position != position || read != "" && old.read != read {
+		args := []string{g.name, position}
+		words := []string{"XGROUP", "SETID"}
+		if !exists {
+			words[1] = "CREATE"
+			args = append(args, "MKSTREAM")
+		}
+		if read != "" {
+			args = append(args, "ENTRIESREAD", read)
+		}
+		changes = append(changes, command{words, args})
+	}
+	flush := func(least int) error {
+		if len(changes) <= least && (least > 0 || b.Groups[name] == position && len(changes) == 0) {
+			return nil
+		}
+		next := b.record
+		if next.Groups = maps.Clone(b.Groups); next.Groups == nil {
+			next.Groups = make(map[string]string)
+		}
+		next.Groups[name] = position
+		results, err := b.transact(ctx, next, func(c valkey.Client) []valkey.Completed {
+			cmds := make([]valkey.Completed, len(changes))
+			for i, k := range changes {
+				cmds[i] = c.B().Arbitrary(k.words...).Keys(b.o.Copy).Args(k.args...).Build()
+			}
+			return cmds
+		})
+		if err != nil {
+			return err
+		}
+		for _, r := range results {
+			if err := r.Error(); err != nil {
+				return err
+			}
+		}
+		changes = changes[:0]
+		return nil
 	}
 	here, err := newPages(ctx, b, true, g.name)
 	if err != nil {
 		return err
 	}
-	there, err := newPages(ctx, b, false, g.name)
-	if err != nil {
-		return err
+	there := &pages{}
+	if exists {
+		if there, err = newPages(ctx, b, false, g.name); err != nil {
+			return err
+		}
 	}
 	// Both lists are in the order of IDs: one walk over the two finds what differs.
 	for here.ok || there.ok {
 		switch {
 		case !here.ok || there.ok && less(there.at.id, here.at.id):
-			if err := b.ask(ctx, b.to, "XACK", b.o.Copy, g.name, there.at.id).Error(); err != nil {
-				return err
-			}
+			changes = append(changes, command{[]string{"XACK"}, []string{g.name, there.at.id}})
 			err = there.advance(ctx)
 		default:
 			same := there.ok && there.at.id == here.at.id
-			if !less(b.position, here.at.id) && (!same || there.at.consumer != here.at.consumer || there.at.count != here.at.count) {
+			if !less(b.Place, here.at.id) && (!same || there.at.consumer != here.at.consumer || there.at.count != here.at.count) {
 				p := here.at
-				err := b.ask(ctx, b.to, "XCLAIM", b.o.Copy, g.name, p.consumer, "0", p.id, "IDLE", strconv.FormatInt(p.idle, 10),
-					"RETRYCOUNT", strconv.FormatInt(p.count, 10), "FORCE", "JUSTID").Error()
-				if err != nil {
-					return err
-				}
+				changes = append(changes, command{[]string{"XCLAIM"}, []string{g.name, p.consumer, "0", p.id, "IDLE", strconv.FormatInt(p.idle, 10),
+					"RETRYCOUNT", strconv.FormatInt(p.count, 10), "FORCE", "JUSTID"}})
 			}
 			if same {
 				if err := there.advance(ctx); err != nil {
@@ -119,11 +178,14 @@ func (b *Bridge) copyGroup(ctx context.Context, g groupInfo) error {
 			}
 			err = here.advance(ctx)
 		}
+		if err == nil {
+			err = flush(pageSize)
+		}
 		if err != nil {
 			return err
 		}
 	}
-	return nil
+	return flush(0)
 }
 
 // pages walks a pending entries list.
@@ -202,118 +264,4 @@ func split(id string) (ms, seq uint64) {
 	ms, _ = strconv.ParseUint(a, 10, 64)
 	seq, _ = strconv.ParseUint(s, 10, 64)
 	return ms, seq
-}
-
-// Comparison is what Verify found.
-type Comparison struct {
-	// Source and Copy count the entries up to Position; Missing, Foreign and Different say how they differ.
-	Source, Copy                int64
-	Missing, Foreign, Different int64
-	// FirstDifference is the ID of the first entry that differs, empty if none does.
-	FirstDifference string
-	// Sum is the checksum over the source's entries up to Position, equal on both sides if nothing differs.
-	Sum      uint64
-	Position string
-}
-
-// Equal reports whether the copy is the source up to the position.
-func (c Comparison) Equal() bool { return c.Missing == 0 && c.Foreign == 0 && c.Different == 0 }
-
-// Verify reads both streams up to the bridge's position and compares every entry. progress is told the number of
-// entries read; nil is nobody.
-func (b *Bridge) Verify(ctx context.Context, progress func(int64)) (Comparison, error) {
-	c := Comparison{Position: b.position}
-	source := &ranges{b: b, side: true}
-	copied := &ranges{b: b}
-	for {
-		s, okS, err := source.next(ctx)
-		if err != nil {
-			return c, fmt.Errorf("source: %w", err)
-		}
-		d, okD, err := copied.next(ctx)
-		if err != nil {
-			return c, fmt.Errorf("receiving side: %w", err)
-		}
-		if !okS && !okD {
-			return c, nil
-		}
-		note := func(id string) {
-			if c.FirstDifference == "" {
-				c.FirstDifference = id
-			}
-		}
-		switch {
-		case okS && okD && s.id == d.id:
-			c.Source++
-			c.Copy++
-			h, g := chain(c.Sum, []entry{s}), chain(c.Sum, []entry{d})
-			if h != g {
-				c.Different++
-				note(s.id)
-			}
-			c.Sum = h
-		case okS && (!okD || less(s.id, d.id)):
-			c.Source++
-			c.Missing++
-			note(s.id)
-			copied.back(d, okD)
-		default:
-			c.Copy++
-			c.Foreign++
-			note(d.id)
-			source.back(s, okS)
-		}
-		if n := c.Source + c.Foreign; progress != nil && n%pageSize == 0 {
-			progress(n)
-		}
-	}
-}
-
-// ranges walks a stream up to the bridge's position.
-type ranges struct {
-	b    *Bridge
-	side bool // the source's
-	list []entry
-	last string
-	end  bool
-}
-
-func (r *ranges) back(e entry, ok bool) {
-	if ok {
-		r.list = append([]entry{e}, r.list...)
-	}
-}
-
-func (r *ranges) next(ctx context.Context) (entry, bool, error) {
-	if len(r.list) == 0 && !r.end {
-		side, key, from := r.b.to, r.b.o.Copy, "-"
-		if r.side {
-			side, key = r.b.from, r.b.o.Stream
-		}
-		if r.last != "" {
-			from = "(" + r.last
-		}
-		err := r.b.retry(ctx, "verify", func() error {
-			var list []valkey.ValkeyMessage
-			list, err := r.b.ask(ctx, side, "XRANGE", key, from, r.b.position, "COUNT", strconv.Itoa(pageSize)).ToArray()
-			if err != nil {
-				return err
-			}
-			r.list, err = entriesOf(list)
-			return err
-		})
-		if err != nil {
-			return entry{}, false, err
-		}
-		r.end = len(r.list) < pageSize
-		if len(r.list) > 0 {
-			r.last = r.list[len(r.list)-1].id
-		}
-	}
-	if len(r.list) == 0 {
-		return entry{}, false, nil
-	}
-	e := r.list[0]
-	r.list = r.list[1:]
-	return e, true, nil
 }
