@@ -74,8 +74,8 @@ const (
 	groupsEvery = 5 * time.Second
 	// connectPatience is how long a bridge that starts waits for somebody to listen.
 	connectPatience = 15 * time.Second
-	retryMin    = 50 * time.Millisecond
-	retryMax    = 5 * time.Second
+	retryMin        = 50 * time.Millisecond
+	retryMax        = 5 * time.Second
 )
 
 // Open connects to both sides and finds the place to go on from. A receiving stream that holds something else than a
