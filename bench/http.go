@@ -189,12 +189,21 @@ func headLine(head []byte, name string) []byte {
 
 // Settle implements Consumer. The protocol acknowledges one message per request, so that they go out at the same time,
 // each on a connection of its own.
-func (c *httpConsumer) Settle(ctx context.Context) (int, error) {
-	for len(c.settlers) < len(c.receipts) {
+func (c *httpConsumer) Settle(ctx context.Context) (int, error) { return c.settle(ctx, c.receipts) }
+
+// Overlap implements Overlapper.
+func (c *httpConsumer) Overlap() func(ctx context.Context) (int, error) {
+	receipts := c.receipts
+	c.receipts = nil
+	return func(ctx context.Context) (int, error) { return c.settle(ctx, receipts) }
+}
+
+func (c *httpConsumer) settle(ctx context.Context, receipts [][]byte) (int, error) {
+	for len(c.settlers) < len(receipts) {
 		c.settlers = append(c.settlers, &settler{conn: newConn(c.conn.addrs, c.conn.at, c.conn.timeout)})
 	}
 	var group sync.WaitGroup
-	for i, receipt := range c.receipts {
+	for i, receipt := range receipts {
 		s := c.settlers[i]
 		s.request = append(append(append(s.request[:0], c.leasePath...), receipt...), c.rest...)
 		group.Go(func() { s.err = s.settle(ctx) })
@@ -202,7 +211,7 @@ func (c *httpConsumer) Settle(ctx context.Context) (int, error) {
 	group.Wait()
 	done := 0
 	var failed error
-	for _, s := range c.settlers[:len(c.receipts)] {
+	for _, s := range c.settlers[:len(receipts)] {
 		if s.err == nil {
 			done++
 		} else {

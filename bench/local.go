@@ -151,9 +151,18 @@ func (c *nodeConsumer) Receive(ctx context.Context) (int, error) {
 }
 
 // Settle implements Consumer.
-func (c *nodeConsumer) Settle(ctx context.Context) (int, error) {
+func (c *nodeConsumer) Settle(ctx context.Context) (int, error) { return c.settle(ctx, c.receipts) }
+
+// Overlap implements Overlapper.
+func (c *nodeConsumer) Overlap() func(ctx context.Context) (int, error) {
+	receipts := c.receipts
+	c.receipts = nil
+	return func(ctx context.Context) (int, error) { return c.settle(ctx, receipts) }
+}
+
+func (c *nodeConsumer) settle(ctx context.Context, receipts []engine.Receipt) (int, error) {
 	settle := engine.Settle{
-		Topic: c.topic, Group: c.group, Op: engine.Acknowledge, Receipts: c.receipts,
+		Topic: c.topic, Group: c.group, Op: engine.Acknowledge, Receipts: receipts,
 	}
 	reply, err := c.d.Node.Propose(ctx, raft.Proposal{Command: settle.AppendTo(nil)})
 	if err = failed(reply, err); err != nil {

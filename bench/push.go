@@ -190,11 +190,18 @@ func (c *pushConsumer) Receive(ctx context.Context) (int, error) {
 }
 
 // Settle implements Consumer.
-func (c *pushConsumer) Settle(ctx context.Context) (int, error) {
-	defer func() {
-		for _, p := range c.leased {
-			close(p.settled)
-		}
-	}()
-	return c.httpConsumer.Settle(ctx)
+func (c *pushConsumer) Settle(ctx context.Context) (int, error) { return c.Overlap()(ctx) }
+
+// Overlap implements Overlapper.
+func (c *pushConsumer) Overlap() func(ctx context.Context) (int, error) {
+	leased, settle := c.leased, c.httpConsumer.Overlap()
+	c.leased = nil
+	return func(ctx context.Context) (int, error) {
+		defer func() {
+			for _, p := range leased {
+				close(p.settled)
+			}
+		}()
+		return settle(ctx)
+	}
 }

@@ -416,7 +416,7 @@ func (l *respLine) close() {
 func (d *RESPDriver) Consumer(i int, found func(body []byte)) (Consumer, error) {
 	topic, group := d.Workload.Consumes(i)
 	return &respConsumer{
-		respConn: newRESPConn(d, i), topic: topic, group: group, found: found,
+		respConn: newRESPConn(d, i), acks: newRESPConn(d, i), topic: topic, group: group, found: found,
 		create: appendCommand(nil, "XGROUP", "CREATE", topic, group, "0", "MKSTREAM"),
 		read: appendCommand(nil, "XREADGROUP", "GROUP", group, "c"+strconv.Itoa(i), "COUNT", strconv.Itoa(d.Workload.ReceiveMax),
 			"BLOCK", strconv.FormatInt(receiveWait.Milliseconds(), 10), "STREAMS", topic, ">"),
@@ -425,6 +425,8 @@ func (d *RESPDriver) Consumer(i int, found func(body []byte)) (Consumer, error) 
 
 type respConsumer struct {
 	*respConn
+	// acks is the connection for acknowledgements beside a read that may block.
+	acks         *respConn
 	topic, group string
 	found        func(body []byte)
 	create, read []byte
@@ -463,14 +465,26 @@ func (c *respConsumer) Receive(ctx context.Context) (int, error) {
 }
 
 // Settle implements Consumer.
-func (c *respConsumer) Settle(ctx context.Context) (int, error) {
-	commands := c.d.appendWait(appendCommand(nil, append([]string{"XACK", c.topic, c.group}, c.ids...)...))
+func (c *respConsumer) Settle(ctx context.Context) (int, error) { return c.settle(ctx, c.ids) }
+
+// Overlap implements Overlapper.
+func (c *respConsumer) Overlap() func(ctx context.Context) (int, error) {
+	ids := c.ids
+	c.ids = nil
+	return func(ctx context.Context) (int, error) { return c.settle(ctx, ids) }
+}
+
+// Close implements Consumer.
+func (c *respConsumer) Close() error { return errors.Join(c.respConn.Close(), c.acks.Close()) }
+
+func (c *respConsumer) settle(ctx context.Context, ids []string) (int, error) {
+	commands := c.d.appendWait(appendCommand(nil, append([]string{"XACK", c.topic, c.group}, ids...)...))
 	replies := 1
 	if c.d.WaitReplicas > 0 {
 		replies = 2
 	}
 	done := 0
-	err := c.do(ctx, commands, replies, func(i int, v respValue) error {
+	err := c.acks.do(ctx, commands, replies, func(i int, v respValue) error {
 		switch {
 		case v.kind != ':':
 			return errs.New(errs.Internal, "XACK answers %q", v.kind)

@@ -182,6 +182,15 @@ type Consumer interface {
 	Close() error
 }
 
+// An Overlapper is a Consumer that acknowledges while it receives more, as applications do whose handlers run beside
+// their receiving loop.
+type Overlapper interface {
+	Consumer
+	// Overlap takes over what the last Receive leased. The function it returns does what Settle would, and may run on
+	// another goroutine during the next Receive, but not beside another of its kind.
+	Overlap() func(ctx context.Context) (int, error)
+}
+
 // A Driver makes the publishers and consumers of a workload.
 type Driver interface {
 	Publisher(i int) (Publisher, error)
@@ -533,6 +542,39 @@ func (r *run) consume(ctx context.Context, c Consumer) {
 	defer acknowledge.flush()
 	local := Result{Failed: map[string]int64{}}
 	defer r.add(&local)
+	over, _ := c.(Overlapper)
+	type settled struct {
+		n    int
+		took time.Duration
+		err  error
+	}
+	under := make(chan settled, 1) // of the one settlement under way
+	busy := false
+	finish := func() {
+		if !busy {
+			return
+		}
+		busy = false
+		s := <-under
+		if s.err != nil && ctx.Err() == nil {
+			local.Failed[codeName(s.err)]++
+			pause(ctx, failurePause)
+		}
+		if s.n > 0 && r.phase.Load() == counting {
+			acknowledge.record(s.took)
+			local.Acknowledged += int64(s.n)
+		}
+	}
+	defer finish()
+	settle := func(f func(context.Context) (int, error)) {
+		began := time.Now()
+		n, err := f(ctx)
+		r.acknowledged.Add(int64(n))
+		if r.done() {
+			r.cancel() // nobody has anything to wait for
+		}
+		under <- settled{n, time.Since(began), err}
+	}
 	for ctx.Err() == nil {
 		if r.done() {
 			r.cancel() // the others wait for nothing
@@ -552,16 +594,15 @@ func (r *run) consume(ctx context.Context, c Consumer) {
 			receive.record(received.Sub(began))
 			local.Received += int64(n)
 		}
-		n, err = c.Settle(ctx)
-		if err != nil && ctx.Err() == nil {
-			local.Failed[codeName(err)]++
-			pause(ctx, failurePause)
+		finish()
+		busy = true
+		if over == nil {
+			settle(c.Settle)
+			finish()
+			continue
 		}
-		r.acknowledged.Add(int64(n))
-		if n > 0 && r.phase.Load() == counting {
-			acknowledge.record(time.Since(received))
-			local.Acknowledged += int64(n)
-		}
+		f := over.Overlap()
+		go settle(f)
 	}
 }
 

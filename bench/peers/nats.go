@@ -314,18 +314,27 @@ func (c *jetStreamConsumer) Receive(ctx context.Context) (int, error) {
 
 // Settle implements bench.Consumer. Each acknowledgement is a request whose answer is waited for, all at once: the
 // server gives it when the consumer's replicas have it.
-func (c *jetStreamConsumer) Settle(ctx context.Context) (int, error) {
-	for _, m := range c.leased {
+func (c *jetStreamConsumer) Settle(ctx context.Context) (int, error) { return c.Overlap()(ctx) }
+
+// Overlap implements bench.Overlapper.
+func (c *jetStreamConsumer) Overlap() func(ctx context.Context) (int, error) {
+	leased := c.leased
+	c.leased = nil
+	return func(ctx context.Context) (int, error) { return c.settle(ctx, leased) }
+}
+
+func (c *jetStreamConsumer) settle(ctx context.Context, leased []jetstream.Msg) (int, error) {
+	for _, m := range leased {
 		if err := c.nc.PublishRequest(m.Reply(), c.inbox, []byte("+ACK")); err != nil {
 			return 0, err
 		}
 	}
-	for i := range c.leased {
+	for i := range leased {
 		if _, err := c.acks.NextMsgWithContext(ctx); err != nil {
 			return i, err
 		}
 	}
-	return len(c.leased), nil
+	return len(leased), nil
 }
 
 // Close implements bench.Consumer.
