@@ -6,6 +6,7 @@ import (
 	"os"
 	"slices"
 	"sort"
+	"strconv"
 	"testing"
 	"time"
 
@@ -609,20 +610,26 @@ func (mc *machine) drawSettle(rt *rapid.T, op SettleOp, vis time.Duration) Comma
 	return c
 }
 
-// TestModel drives the engine and the model with the same random commands, through checkpoints, restarts and
-// power losses, and compares every result (S1 to S9 as far as the engine has a part in them).
-func TestModel(t *testing.T) {
-	checks, steps := "300", "80"
-	if campaign() {
-		checks, steps = "20000", "200"
-	} else if testing.Short() {
-		checks = "50"
+// setRapid sets how much a model test tries: so many runs, or as many as a campaign makes.
+func setRapid(t *testing.T, runs, long int) {
+	steps := "80"
+	switch {
+	case campaign():
+		runs, steps = long, "200"
+	case testing.Short():
+		runs = 50
 	}
-	for name, value := range map[string]string{"rapid.checks": checks, "rapid.steps": steps, "rapid.nofailfile": "true"} {
+	for name, value := range map[string]string{"rapid.checks": strconv.Itoa(runs), "rapid.steps": steps, "rapid.nofailfile": "true"} {
 		if err := flag.Set(name, value); err != nil {
 			t.Fatal(err)
 		}
 	}
+}
+
+// TestModel drives the engine and the model with the same random commands, through checkpoints, restarts and
+// power losses, and compares every result (S1 to S9 as far as the engine has a part in them).
+func TestModel(t *testing.T) {
+	setRapid(t, 300, 20000)
 	hits := map[string]int{}
 	rapid.Check(t, func(rt *rapid.T) { modelRun(rt, hits) })
 	if t.Failed() || testing.Short() {

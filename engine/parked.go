@@ -140,8 +140,17 @@ func (e *Engine) selected(g *group, f *ParkedFilter, from uint64, limit int, now
 	if len(f.IDs) > 0 {
 		// Found by ID: the group's list need not be walked.
 		seen := make(map[uint64]bool)
+		var outlived map[MessageID]uint64
 		for _, id := range f.IDs {
-			off, ok, err := e.offsetOf(g.topic, id)
+			off, ok, err := e.offsetOf(g.topic, id, now)
+			if err == nil && !ok {
+				// What outlives its message is found by what is said of it: the rows that lead from its ID may be gone
+				// on one node and not on another.
+				if outlived == nil {
+					outlived, err = e.outlived(g)
+				}
+				off, ok = outlived[id]
+			}
 			if err != nil {
 				return nil, 0, err
 			}
@@ -215,13 +224,26 @@ func (e *Engine) applyParked(r *reader, res *Result) error {
 	return nil
 }
 
-// offsetOf returns the place of a message in its topic's log.
-func (e *Engine) offsetOf(t *topic, id MessageID) (uint64, bool, error) {
+// offsetOf returns the place of a message that lives in its topic's log.
+func (e *Engine) offsetOf(t *topic, id MessageID, now int64) (uint64, bool, error) {
 	b, i, err := e.byID(t, id)
-	if err != nil || b == nil {
+	if err != nil || b == nil || b.expiry(i) <= now {
 		return 0, false, err
 	}
 	return b.base + uint64(i), true, nil
+}
+
+// outlived returns the IDs and places of the entries that outlive their messages.
+func (e *Engine) outlived(g *group) (map[MessageID]uint64, error) {
+	ids := make(map[MessageID]uint64, len(g.kept))
+	for off := range g.kept {
+		d, err := e.again(g, off, g.find(off))
+		if err != nil {
+			return nil, err
+		}
+		ids[d.ID] = off
+	}
+	return ids, nil
 }
 
 // spentKeeps reports that an entry that was not folded has become one that outlives its message.

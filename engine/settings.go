@@ -251,8 +251,8 @@ func (e *Engine) applyGroupSet(r *reader, res *Result) error {
 			res.Code = code
 			return err
 		}
+		e.announce(g) // which deployment a receive waits for may be another from here on: it is told under the old one
 		g.set(c.Settings, now)
-		e.announce(g) // which deployment a receive waits for may be another now
 	}
 	g.dirty = true
 	e.look(g)

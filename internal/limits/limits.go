@@ -108,7 +108,7 @@ const (
 // Delays.
 const (
 	// MaturePerEntryMax bounds the delayed messages that one entry makes visible.
-	MaturePerEntryMax = 500
+	MaturePerEntryMax = 1000
 	// DelayedChangesMax bounds the cancelled and moved messages whose time has not come.
 	DelayedChangesMax = 100_000
 )
