@@ -11,6 +11,7 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
 
+	"tercet.dev/tercet/internal/errs"
 	"tercet.dev/tercet/internal/limits"
 )
 
@@ -20,14 +21,16 @@ type workload struct {
 	results []string // of each entry
 	hashes  []uint64 // StateHash after each entry
 	full    uint64   // FullHash at the end
+	// done counts the commands that were not refused, by their types.
+	done map[string]int
 }
 
-// makeWorkload builds n random entries. Time passes so that leases run out and blocks expire, commands are
-// repeated under their numbers, and messages are asked for by IDs that do not exist yet.
+// makeWorkload builds n random entries of both protocols. Time passes so that leases run out and blocks expire,
+// commands are repeated under their numbers, and messages are asked for by IDs that do not exist yet.
 func makeWorkload(t testing.TB, seed uint64, n int) *workload {
 	rng := rand.New(rand.NewPCG(seed, 1))
 	l := openTest(t, Options{})
-	w := &workload{}
+	w := &workload{done: map[string]int{}}
 	var receipts []Receipt
 	var owner []GroupRef
 	var ids []MessageID
@@ -90,7 +93,7 @@ func makeWorkload(t testing.TB, seed uint64, n int) *workload {
 		}
 		return c
 	}
-	queue := queueCommands{rng: rng}
+	queue, streams := queueCommands{rng: rng}, streamCommands{rng: rng}
 	for len(w.entries) < n {
 		switch rng.IntN(6) {
 		case 0:
@@ -126,8 +129,11 @@ func makeWorkload(t testing.TB, seed uint64, n int) *workload {
 					continue
 				}
 				c := command()
-				if rng.IntN(7) == 0 {
+				switch rng.IntN(14) {
+				case 0, 1:
 					c = queue.draw(ids)
+				case 2, 3, 4, 5, 6:
+					c = streams.drawAny()
 				}
 				raw := c.AppendTo(nil)
 				cmds = append(cmds, c)
@@ -152,6 +158,10 @@ func makeWorkload(t testing.TB, seed uint64, n int) *workload {
 			if res[i].Intake != 0 {
 				intake, number, lowest, heard, sent = res[i].Intake, 1, 1, l.now.Cluster, nil
 			}
+			if res[i].Code == errs.OK {
+				w.done[fmt.Sprintf("%T", cmds[i])]++
+			}
+			streams.answered(&res[i])
 			if res[i].Upload != 0 {
 				queue.began(res[i].Upload)
 			}
@@ -170,7 +180,7 @@ func makeWorkload(t testing.TB, seed uint64, n int) *workload {
 		}
 		_, h := l.e.StateHash()
 		w.entries = append(w.entries, l.entries[len(l.entries)-1])
-		w.results = append(w.results, fmt.Sprint(res))
+		w.results = append(w.results, showResults(res))
 		w.hashes = append(w.hashes, h)
 	}
 	w.full = l.fullHash()
@@ -195,7 +205,7 @@ func (w *workload) follow(e *Engine, end int) error {
 }
 
 func (w *workload) compare(e *Engine, index uint64, res []Result) error {
-	if got := fmt.Sprint(res); got != w.results[index-1] {
+	if got := showResults(res); got != w.results[index-1] {
 		return fmt.Errorf("entry %d gave\n%s, want\n%s", index, got, w.results[index-1])
 	}
 	if _, h := e.StateHash(); h != w.hashes[index-1] {
@@ -443,6 +453,26 @@ func TestCrashReplayControls(t *testing.T) {
 	}
 }
 
+// TestWorkloadDoesEverything: the logs that crashes are tried on hold every command of both protocols that changes
+// messages, and not only refusals of them.
+func TestWorkloadDoesEverything(t *testing.T) {
+	done := map[string]int{}
+	for seed := range uint64(8) {
+		for name, n := range makeWorkload(t, seed, 200).done {
+			done[name] += n
+		}
+	}
+	for _, c := range []Command{
+		&Publish{}, &Receive{}, &ReceiveID{}, &Settle{}, &GroupSet{}, &GroupDelete{}, &TopicDelete{}, &Purge{}, &Parked{}, &Delayed{},
+		&StreamAdd{}, &StreamReadGroup{}, &StreamAck{}, &StreamClaim{}, &StreamAutoClaim{}, &StreamNack{}, &StreamDelete{}, &StreamTrim{},
+		&StreamGroup{}, &StreamSetID{}, &KeyDelete{}, &KeyRename{}, &KeyExpire{}, &KeyCopy{}, &StringSet{}, &StringGetDel{}, &Flush{}, &Exec{},
+	} {
+		if name := fmt.Sprintf("%T", c); done[name] == 0 {
+			t.Errorf("no %s was done; there were %v", name, done)
+		}
+	}
+}
+
 // TestMetamorphic: one log gives the same results and hashes whatever the sizes of caches and memtables,
 // whenever checkpoints are made, and wherever the node restarts (S12).
 func TestMetamorphic(t *testing.T) {
@@ -540,6 +570,12 @@ func (q *queueCommands) draw(ids []MessageID) Command {
 	case 6, 7:
 		return &Parked{Topic: topic, Group: group, Op: ParkedOp(1 + rng.IntN(2)), Max: 1 + rng.IntN(5)}
 	case 8, 9:
+		for i := len(ids) - 1; i >= 0 && i >= len(ids)-200; i-- {
+			if ids[i].Kind == KindDelayed { // one that may still be due
+				id = ids[i]
+				break
+			}
+		}
 		return &Delayed{Topic: topic, ID: id, Cancel: rng.IntN(2) == 0, Delay: time.Duration(rng.IntN(20)) * time.Second}
 	case 10:
 		return &Document{Table: "d", Key: fmt.Sprint(rng.IntN(4)), Value: []byte{byte(rng.Uint32())}}
