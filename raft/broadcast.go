@@ -5,11 +5,16 @@ import (
 	"sync"
 
 	"tercet.dev/tercet/engine"
+	"tercet.dev/tercet/internal/errs"
 	"tercet.dev/tercet/raft/peer"
 )
 
 // kindBroadcast carries a message of a front end to those of the other nodes. Nothing of it is kept.
 const kindBroadcast = peer.KindUser + 49
+
+// kindAsk carries a question of a front end to the one on the leader, and its answer back: the length of the subject in
+// one byte, the subject, the question.
+const kindAsk = peer.KindUser + 50
 
 // OnBroadcast sets what answers the messages that other nodes broadcast. It must not block for long.
 func (n *Node) OnBroadcast(answer func(payload []byte) []byte) { n.broadcast.Store(&answer) }
@@ -51,4 +56,43 @@ func (n *Node) serveBroadcast(payload []byte) ([]byte, error) {
 		return nil, nil
 	}
 	return (*answer)(payload), nil
+}
+
+// OnAsk sets what answers the questions about a subject that other nodes ask the leader. It must not block for long.
+func (n *Node) OnAsk(subject string, answer func(question []byte) ([]byte, error)) {
+	n.asked.Store(subject, answer)
+}
+
+// AskLeader puts a question to the node that leads, as far as this one knows; to itself if that is the case. It promises
+// nothing: what the leader knows and does not keep may be gone with the next election.
+func (n *Node) AskLeader(ctx context.Context, subject string, question []byte) ([]byte, error) {
+	switch leader := n.leaderNow(); leader {
+	case "":
+		return nil, errs.Of(errs.NoLeader)
+	case n.id:
+		return n.answer(subject, question)
+	default:
+		conn, err := n.toLeader(leader)
+		if err != nil {
+			return nil, errs.Of(errs.NoLeader).With(err)
+		}
+		return conn.Call(ctx, kindAsk, 0, []byte{byte(len(subject))}, []byte(subject), question)
+	}
+}
+
+// serveAsk answers another node's question.
+func (n *Node) serveAsk(body []byte) ([]byte, error) {
+	if len(body) == 0 || len(body) < 1+int(body[0]) {
+		return nil, errMalformed
+	}
+	subject, question := body[1:1+int(body[0])], body[1+int(body[0]):]
+	return n.answer(string(subject), question)
+}
+
+func (n *Node) answer(subject string, question []byte) ([]byte, error) {
+	answer, ok := n.asked.Load(subject)
+	if !ok {
+		return nil, errs.New(errs.NotFound, "nobody here answers questions about %q", subject)
+	}
+	return answer.(func([]byte) ([]byte, error))(question)
 }

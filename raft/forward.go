@@ -428,6 +428,8 @@ func (n *Node) forward(ctx context.Context, from peer.Remote, kind peer.Kind, bo
 		return n.serveCard(engine.NodeID(from.ID), body)
 	case kindBroadcast:
 		return n.serveBroadcast(body)
+	case kindAsk:
+		return n.serveAsk(body)
 	case kindAdmin:
 		var a adminRequest
 		if err := json.Unmarshal(body, &a); err != nil {

@@ -137,6 +137,8 @@ type Node struct {
 
 	// broadcast answers the messages that front ends of other nodes send to all.
 	broadcast atomic.Pointer[func([]byte) []byte]
+	// asked answers the questions that other nodes' front ends put to the leader's, by subject.
+	asked sync.Map // string → func([]byte) ([]byte, error)
 
 	strangersMu sync.Mutex
 	strangers   map[engine.NodeID]stranger
@@ -310,7 +312,7 @@ func (n *Node) start(ctx context.Context) error {
 		return err
 	}
 	n.mesh = peer.New(peer.Options{ID: peerID(n.id), Zone: cfg.Zone, Cluster: n.dir.id.Cluster, Listener: listener,
-		TLS: cfg.PeerTLS, Admit: admitPeer, Dial: cfg.test.dial, Logger: n.log, Observe: n.observe, Take: n.take, Forward: n.forward, Introduce: n.introduce})
+		TLS: cfg.PeerTLS, Enrol: cfg.Enrol, Admit: admitPeer, Dial: cfg.test.dial, Logger: n.log, Observe: n.observe, Take: n.take, Forward: n.forward, Introduce: n.introduce})
 	if err := n.openStorage(); err != nil {
 		return err
 	}

@@ -39,11 +39,17 @@ func PeerTLS(f PeerFiles) (*tls.Config, error) {
 	if _, err := load(); err != nil {
 		return nil, err
 	}
+	return PeerTLSOf(authorities, load), nil
+}
+
+// PeerTLSOf is PeerTLS for authorities and a certificate that are at hand: load is called for each connection.
+func PeerTLSOf(authorities *x509.CertPool, load func() (*tls.Certificate, error)) *tls.Config {
 	return &tls.Config{
-		MinVersion:           tls.VersionTLS13,
-		GetCertificate:       func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return load() },
-		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return load() },
-		ClientAuth:           tls.RequireAnyClientCert,
+		MinVersion:             tls.VersionTLS13,
+		SessionTicketsDisabled: true,
+		GetCertificate:         func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return load() },
+		GetClientCertificate:   func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return load() },
+		ClientAuth:             tls.RequireAnyClientCert,
 		// Both ends verify in VerifyConnection, which runs for every handshake, resumed ones included.
 		InsecureSkipVerify: true, //nolint:gosec // see above: the name to expect is not that of the address
 		VerifyConnection: func(s tls.ConnectionState) error {
@@ -58,7 +64,7 @@ func PeerTLS(f PeerFiles) (*tls.Config, error) {
 				KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
 			return err
 		},
-	}, nil
+	}
 }
 
 // admitPeer compares a node's certificate with the name it goes by. Without TLS everybody is who they say.

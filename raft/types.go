@@ -1,6 +1,7 @@
 package raft
 
 import (
+	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -75,6 +76,9 @@ type Config struct {
 	// PeerTLS, when not nil, secures the connections between nodes in both directions: see the function PeerTLS. All nodes
 	// have it or none.
 	PeerTLS *tls.Config
+	// Enrol, when not nil, is given the connections that negotiated an application protocol, which PeerTLS may let
+	// through without a certificate: nodes that are about to obtain one. It closes them. They reach nothing else.
+	Enrol func(ctx context.Context, conn net.Conn)
 	// HTTPAddr and ValkeyAddr are told to the other nodes, for Status; the node does not listen on them.
 	HTTPAddr, ValkeyAddr string
 

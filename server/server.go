@@ -50,7 +50,7 @@ type Options struct {
 	PublicHosts []string
 	// VirtualClock offers POST /v1/clock/advance.
 	VirtualClock bool
-	// TLS makes the listeners speak TLS.
+	// TLS makes the listeners speak TLS, and HTTP/2 with clients that negotiate it where NextProtos offers it.
 	TLS *tls.Config
 	// H2C offers HTTP/2 without TLS to clients that begin with it.
 	H2C    bool
@@ -240,7 +240,8 @@ func New(o Options) (*Server, error) {
 	}
 	var protocols http.Protocols
 	protocols.SetHTTP1(true)
-	protocols.SetUnencryptedHTTP2(o.H2C)
+	// TLS ends below net/http (see headConn): what it calls unencrypted is what comes out of that.
+	protocols.SetUnencryptedHTTP2(o.H2C || o.TLS != nil)
 	s.http = &http.Server{
 		Handler:                      s,
 		Protocols:                    &protocols,

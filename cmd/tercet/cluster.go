@@ -50,6 +50,7 @@ The others serve on meanwhile and send it a snapshot.`, `
 			tercet cluster replace n2 --server http://127.0.0.1:7301
 			tercet cluster replace n2 -o json`,
 			(*client.Client).ReplaceMember),
+		a.joinTokenCommand(),
 		a.clusterTransferCommand(),
 		a.clusterFinalizeCommand(),
 		a.clusterRecoverCommand(),

@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"tercet.dev/tercet/internal/nodecert"
 	"tercet.dev/tercet/raft"
 	"tercet.dev/tercet/server"
 	"tercet.dev/tercet/server/push"
@@ -40,6 +41,7 @@ type serverOptions struct {
 	nodeID, zone, data string
 	http, peer         string
 	peerTLS            raft.PeerFiles
+	peerToken          string
 	valkey             valkeyOptions
 	peers, join        []string
 	publicHosts        []string
@@ -69,6 +71,7 @@ func (o *serverOptions) register(f *pflag.FlagSet) {
 	f.StringVar(&o.peerTLS.Cert, "peer-tls-cert", "", "PEM `file` with this node's certificate for the other nodes, its DNS names holding the node id")
 	f.StringVar(&o.peerTLS.Key, "peer-tls-key", "", "PEM `file` with that certificate's private key")
 	f.StringVar(&o.peerTLS.CA, "peer-tls-ca", "", "PEM `file` of the authorities that sign the nodes' certificates")
+	f.StringVar(&o.peerToken, "peer-token", "", "`token` of 'tercet cluster token create' that secures the connections between nodes; read while the data directory holds no certificate")
 	o.valkey.register(f)
 	f.StringSliceVar(&o.peers, "peers", nil, "founding members as `n1=H:P,n2=H:P,…`, the same on all of them; read while the data directory is empty")
 	f.StringSliceVar(&o.join, "join", nil, "`addresses` of members to ask for admission with an empty data directory, instead of --peers")
@@ -155,8 +158,16 @@ func (o *serverOptions) config() (raft.Config, error) {
 	if n := int64(o.walSegmentSize); n != 0 && (n < 1<<20 || n%4096 != 0) {
 		problem("--wal-segment-size %s: want a multiple of 4096 from 1 MiB up", &o.walSegmentSize)
 	}
-	securePeers := o.peerTLS != raft.PeerFiles{}
-	if securePeers && (o.peerTLS.Cert == "" || o.peerTLS.Key == "" || o.peerTLS.CA == "") {
+	securePeers := o.securePeers()
+	if o.peerToken != "" {
+		if err := nodecert.CheckToken(o.peerToken); err != nil {
+			problem("--peer-token: %w", err)
+		}
+		if o.peerTLS != (raft.PeerFiles{}) {
+			problem("--peer-token and --peer-tls-cert exclude each other: the one obtains a certificate, the other names one")
+		}
+	}
+	if o.peerTLS != (raft.PeerFiles{}) && (o.peerTLS.Cert == "" || o.peerTLS.Key == "" || o.peerTLS.CA == "") {
 		problem("--peer-tls-cert, --peer-tls-key and --peer-tls-ca belong together")
 	}
 	durability, err := raft.ParseDurability(o.durability)
@@ -211,6 +222,16 @@ func (o *serverOptions) config() (raft.Config, error) {
 		cfg.Peers = nil
 	}
 	return cfg, errors.Join(problems...)
+}
+
+// securePeers reports whether the nodes show each other certificates.
+func (o *serverOptions) securePeers() bool {
+	return o.peerTLS != raft.PeerFiles{} || o.ownCertificates()
+}
+
+// ownCertificates reports whether the node's certificate comes from the cluster's own authority.
+func (o *serverOptions) ownCertificates() bool {
+	return o.peerToken != "" || o.peerTLS == raft.PeerFiles{} && o.data != "" && nodecert.Has(o.data)
 }
 
 // checkAddress refuses addresses that are malformed, or that others can reach although nobody is asked who they are.
@@ -344,6 +365,19 @@ func (a *app) server(ctx context.Context, o *serverOptions) error {
 			return codedError{exitPrecondition, fmt.Errorf("--peer-tls-cert: %w", err)}
 		}
 	}
+	var keeper *nodecert.Keeper
+	if o.ownCertificates() {
+		keeper, err = nodecert.Open(ctx, nodecert.Options{Dir: cfg.Dir, Name: cfg.Name, Token: o.peerToken, Join: cfg.Join, Logger: log.Named("certificate")})
+		if err != nil {
+			closeAll(cfg.PeerListeners)
+			return startFailure(ctx, err)
+		}
+		cfg.PeerTLS, cfg.Enrol = keeper.TLS(), keeper.Enrol
+		registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "tercet_peer_certificate_expiry_timestamp_seconds",
+			Help: "When the certificate that this node shows the others expires. The node renews it when a third of its life is left.",
+		}, func() float64 { return float64(keeper.NotAfter().Unix()) }))
+	}
 	limitMemory(log)
 	log.Info("starting", "version", version, "node", cfg.Name, "zone", cfg.Zone, "data", cfg.Dir,
 		"http", o.http, "peer", o.peer, "valkey", o.valkey.addr, "durability", cfg.Durability, "pid", os.Getpid())
@@ -353,17 +387,13 @@ func (a *app) server(ctx context.Context, o *serverOptions) error {
 	node, err := raft.Start(ctx, cfg)
 	formed()
 	if err != nil {
-		if errors.Is(context.Cause(ctx), errStopped) {
-			return nil
-		}
-		var refusal *raft.StartError
-		if errors.As(err, &refusal) {
-			return codedError{exitPrecondition, err}
-		}
-		return err
+		return startFailure(ctx, err)
 	}
 	defer node.Close()
 	defer secured.follow(ctx, node, log)()
+	if keeper != nil {
+		defer follow(ctx, keeper, node)()
+	}
 
 	pusher, err := push.New(push.Options{Backend: node, Region: o.region, Allow: pushAllow, Version: version, Logger: log.Named("push"), Registerer: registry})
 	if err != nil {
@@ -371,7 +401,7 @@ func (a *app) server(ctx context.Context, o *serverOptions) error {
 	}
 	defer pusher.Close()
 	srv, err := server.New(server.Options{
-		Extensions: []server.Extension{pusher.Extension()},
+		Extensions: []server.Extension{pusher.Extension(), nodecert.Extension(node)},
 		Backend:    node, Version: version, Logger: log.Named("http"), Registerer: registry, Gatherer: registry,
 		PublicHosts: o.publicHosts, VirtualClock: o.virtualClock, Contact: server.NewNodeContact(node, o.contact.options()), Authorizer: secured.tokens, TLS: secured.tls,
 	})
@@ -408,6 +438,29 @@ func (a *app) server(ctx context.Context, o *serverOptions) error {
 
 	notifySystemd("STOPPING=1")
 	return drain(log, srv, pusher, valkey, node, o.drainGrace)
+}
+
+// startFailure is the end of a process whose node did not start.
+func startFailure(ctx context.Context, err error) error {
+	if errors.Is(context.Cause(ctx), errStopped) {
+		return nil
+	}
+	var refusal *raft.StartError
+	if errors.As(err, &refusal) {
+		return codedError{exitPrecondition, err}
+	}
+	return err
+}
+
+// follow keeps the node's certificate good until ctx ends or the returned function is called.
+func follow(ctx context.Context, keeper *nodecert.Keeper, node *raft.Node) (stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		keeper.Follow(ctx, node)
+	}()
+	return func() { cancel(); <-ended }
 }
 
 // errStopped is the cause of a context that a signal ended.

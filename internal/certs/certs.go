@@ -77,7 +77,7 @@ func (r *Reloader) load() error {
 	if err := expired(&pair, r.now()); err != nil {
 		return fmt.Errorf("certificate %s: %w", r.files.Cert, err)
 	}
-	c := &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}, NextProtos: []string{"http/1.1"}}
+	c := &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}, NextProtos: []string{"h2", "http/1.1"}}
 	if r.files.ClientCA != "" {
 		pool, err := Pool(r.files.ClientCA)
 		if err != nil {

@@ -309,6 +309,23 @@ func (c *Client) DropParked(ctx context.Context, topic, group string, what wire.
 	return n, err
 }
 
+// JoinTokens lists the tokens that let nodes into the cluster.
+func (c *Client) JoinTokens(ctx context.Context) (t wire.JoinTokens, err error) {
+	err = c.json(ctx, request{method: http.MethodGet, path: "/v1/cluster/tokens"}, &t)
+	return t, err
+}
+
+// CreateJoinToken makes a token that lets one node into the cluster, once.
+func (c *Client) CreateJoinToken(ctx context.Context, t wire.NewJoinToken) (out wire.CreatedJoinToken, err error) {
+	err = c.post(ctx, "/v1/cluster/tokens", t, &out)
+	return out, err
+}
+
+// RevokeJoinToken ends a token that no node has used.
+func (c *Client) RevokeJoinToken(ctx context.Context, id string) error {
+	return c.json(ctx, request{method: http.MethodDelete, path: "/v1/cluster/tokens/" + url.PathEscape(id)}, nil)
+}
+
 // Tokens lists the cluster's tokens and those of the configuration of the server in use.
 func (c *Client) Tokens(ctx context.Context) (t wire.Tokens, err error) {
 	err = c.json(ctx, request{method: http.MethodGet, path: "/v1/tokens"}, &t)

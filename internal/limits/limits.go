@@ -125,6 +125,12 @@ const (
 	UploadIdleMax = 60 * time.Second
 )
 
+// Nodes.
+const (
+	// JoinTokenLifeMax bounds how long a token that lets a node into the cluster can be used.
+	JoinTokenLifeMax = 7 * 24 * time.Hour
+)
+
 // Documents: replicated configuration.
 const (
 	// DocumentBytesMax bounds a document.

@@ -28,6 +28,10 @@ type Options struct {
 	// TLS, if not nil, secures every connection in both directions: it needs a certificate, RootCAs for the
 	// dialling side and ClientCAs with ClientAuth for the accepting side. ServerName defaults to the address's host.
 	TLS *tls.Config
+	// Enrol, if not nil, takes over each accepted connection whose TLS handshake negotiated an application protocol (ALPN):
+	// nodes do not, so it comes from one that has no certificate yet. It closes the connection, which never reaches the
+	// handshake of nodes; without Enrol it is closed at once. ctx ends with the mesh.
+	Enrol func(ctx context.Context, conn net.Conn)
 	// Admit, if not nil, is asked last about every handshake this node accepts or receives the answer of; an error
 	// refuses the connection with that text. It is where certificate names are compared with identities.
 	Admit func(h Hello, state *tls.ConnectionState) error
@@ -645,6 +649,14 @@ func (m *Mesh) serve(nc net.Conn) {
 		if err := tc.HandshakeContext(m.ctx); err != nil {
 			m.log.Warn("connection without a valid certificate", "from", nc.RemoteAddr().String(), "error", err)
 			_ = nc.Close()
+			return
+		}
+		if tc.ConnectionState().NegotiatedProtocol != "" {
+			if m.o.Enrol == nil {
+				_ = tc.Close()
+				return
+			}
+			m.o.Enrol(m.ctx, tc)
 			return
 		}
 		nc = tc

@@ -29,6 +29,9 @@ type Backend interface {
 	Leading() (term uint64, ok bool)
 	// Watch signals changes after they were applied.
 	Watch(kind raft.WatchKind, name string) (<-chan struct{}, func())
+	// OnAsk and AskLeader carry questions to the dispatcher that pushes.
+	OnAsk(subject string, answer func(question []byte) ([]byte, error))
+	AskLeader(ctx context.Context, subject string, question []byte) ([]byte, error)
 	Status() raft.Status
 	Secret() []byte
 }
@@ -134,6 +137,7 @@ func New(o Options) (*Dispatcher, error) {
 	if d.metrics, err = newMetrics(o.Registerer, d); err != nil {
 		return nil, fmt.Errorf("push: %w", err)
 	}
+	d.backend.OnAsk(stateSubject, d.answerStates)
 	return d, nil
 }
 

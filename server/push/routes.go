@@ -4,14 +4,11 @@ import (
 	"context"
 	_ "embed"
 	"encoding/json"
-	"io"
 	"net/http"
 	"strconv"
 	"time"
 
 	"tercet.dev/tercet/internal/errs"
-	"tercet.dev/tercet/internal/limits"
-	"tercet.dev/tercet/raft"
 	"tercet.dev/tercet/server"
 	"tercet.dev/tercet/server/wire"
 )
@@ -90,19 +87,11 @@ func (d *Dispatcher) serveList(c *server.Call) (int, any, error) {
 		}
 	}
 	out.Subscriptions = kept
-	var there wire.Subscriptions
-	if d.askLeader(c, &there) {
-		state := make(map[string]*wire.Subscription, len(there.Subscriptions))
-		for i := range there.Subscriptions {
-			state[there.Subscriptions[i].ID] = &there.Subscriptions[i]
-		}
-		for i := range out.Subscriptions {
-			s := &out.Subscriptions[i]
-			if t := state[s.ID]; t != nil && t.Revision == s.Revision {
-				s.State = t.State
-			}
-		}
+	asked := make([]*wire.Subscription, len(out.Subscriptions))
+	for i := range out.Subscriptions {
+		asked[i] = &out.Subscriptions[i]
 	}
+	d.fillStates(c.Context(), asked)
 	return http.StatusOK, out, nil
 }
 
@@ -114,10 +103,7 @@ func (d *Dispatcher) serveGet(c *server.Call) (int, any, error) {
 	if err := c.Allows(server.Admin, out.Topic); err != nil {
 		return 0, nil, err
 	}
-	var there wire.Subscription
-	if d.askLeader(c, &there) && there.Revision == out.Revision {
-		out.State = there.State
-	}
+	d.fillStates(c.Context(), []*wire.Subscription{&out})
 	return http.StatusOK, out, nil
 }
 
@@ -164,49 +150,58 @@ func (d *Dispatcher) serveDrain(c *server.Call) (int, any, error) {
 	return http.StatusOK, out, nil
 }
 
-const (
-	// headerForwarded marks a question that another node passes on, so that it is not passed on again.
-	headerForwarded = "Tercet-Forwarded"
-	// askTimeout bounds it: the rest of the answer is there already.
-	askTimeout = 2 * time.Second
-)
+// stateSubject is what the dispatchers of other nodes ask about.
+const stateSubject = "push state"
 
-// askLeader puts the same question to the leader, which alone knows how endpoints fare. It does so with the client's
-// own credentials and reports false where there is nothing to be had: then the answer goes without.
-func (d *Dispatcher) askLeader(c *server.Call, document any) bool {
-	r := c.Request()
-	if _, leads := d.backend.Leading(); leads || r.TLS != nil || r.Header.Get(headerForwarded) != "" {
-		return false
-	}
-	st := d.backend.Status()
-	address := leaderAddress(&st)
-	if address == "" {
-		return false
-	}
-	ctx, cancel := context.WithTimeout(c.Context(), askTimeout)
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+address+r.URL.RequestURI(), nil)
-	if err != nil {
-		return false
-	}
-	req.Header.Set(headerForwarded, "1")
-	if a := r.Header.Values("Authorization"); len(a) > 0 {
-		req.Header["Authorization"] = a
-	}
-	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}, CheckRedirect: noRedirects}
-	res, err := client.Do(req)
-	if err != nil {
-		return false
-	}
-	defer res.Body.Close()
-	return res.StatusCode == http.StatusOK && json.NewDecoder(io.LimitReader(res.Body, limits.FrameBytesMax)).Decode(document) == nil
+// askTimeout bounds a question to the leader: the rest of the answer is there already.
+const askTimeout = 2 * time.Second
+
+// pushState is the state of a subscription of a certain revision.
+type pushState struct {
+	ID       string                  `json:"id"`
+	Revision uint64                  `json:"revision"`
+	State    *wire.SubscriptionState `json:"state,omitempty"`
 }
 
-func leaderAddress(st *raft.Status) string {
-	for _, n := range st.Nodes {
-		if n.ID == st.Leader && n.ID != st.ID {
-			return n.HTTP
+// answerStates answers other nodes' questions for the states of subscriptions.
+func (d *Dispatcher) answerStates(question []byte) ([]byte, error) {
+	var of []pushState
+	if err := json.Unmarshal(question, &of); err != nil {
+		return nil, err
+	}
+	for i := range of {
+		of[i].State = d.State(of[i].ID, of[i].Revision)
+	}
+	return json.Marshal(of)
+}
+
+// fillStates asks the leader, which alone knows how endpoints fare. Where there is nothing to be had, the answer goes
+// without.
+func (d *Dispatcher) fillStates(ctx context.Context, subs []*wire.Subscription) {
+	if _, leads := d.backend.Leading(); leads || len(subs) == 0 {
+		return
+	}
+	of := make([]pushState, len(subs))
+	for i, s := range subs {
+		of[i] = pushState{ID: s.ID, Revision: s.Revision}
+	}
+	question, err := json.Marshal(of)
+	if err != nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	raw, err := d.backend.AskLeader(ctx, stateSubject, question)
+	if err != nil {
+		return
+	}
+	var answer []pushState
+	if json.Unmarshal(raw, &answer) != nil || len(answer) != len(subs) {
+		return
+	}
+	for i, s := range subs {
+		if answer[i].ID == s.ID && answer[i].Revision == s.Revision {
+			s.State = answer[i].State
 		}
 	}
-	return ""
 }

@@ -395,6 +395,34 @@ type BrowsedMessage struct {
 	Body []byte `json:"body,omitempty"`
 }
 
+// JoinTokens is the answer to GET /v1/cluster/tokens.
+type JoinTokens struct {
+	Tokens []JoinToken `json:"tokens"`
+}
+
+// JoinToken describes a token that lets one node into the cluster, once.
+type JoinToken struct {
+	ID        string    `json:"id"`
+	Node      string    `json:"node"`
+	CreatedAt time.Time `json:"createdAt"`
+	ExpiresAt time.Time `json:"expiresAt"`
+	Used      bool      `json:"used"`
+}
+
+// NewJoinToken is the body of POST /v1/cluster/tokens.
+type NewJoinToken struct {
+	Node string `json:"node"`
+	// TTLSeconds is how long the token can be used; 0 is an hour.
+	TTLSeconds int64 `json:"ttlSeconds,omitempty"`
+}
+
+// CreatedJoinToken is the answer to POST /v1/cluster/tokens.
+type CreatedJoinToken struct {
+	JoinToken
+	// Token is what the node is started with, shown this once.
+	Token string `json:"token"`
+}
+
 // Tokens is the answer to GET /v1/tokens.
 type Tokens struct {
 	Tokens []Token `json:"tokens"`

@@ -46,7 +46,12 @@ type Client struct {
 
 // NewClient returns a client of the node. Call Close when done.
 func (n *Node) NewClient() *Client {
-	return NewClient(n.URL())
+	c := NewClient(n.URL())
+	if secure := n.c.opts.TLS; secure != nil {
+		t := c.http.Transport.(*http.Transport)
+		t.TLSClientConfig, t.ForceAttemptHTTP2 = secure.Client, true
+	}
+	return c
 }
 
 // NewClient returns a client of the server at this URL. Call Close when done.
@@ -73,6 +78,8 @@ type Answer struct {
 	Outcome Outcome
 	// Status is 0 when no answer arrived.
 	Status int
+	// Proto is the protocol of the answer: "HTTP/1.1" or "HTTP/2.0".
+	Proto  string
 	Header http.Header
 	Body   []byte
 	// Code and Text are those of an error document.
@@ -112,7 +119,7 @@ func (c *Client) Do(ctx context.Context, method, path string, header map[string]
 		return Answer{Outcome: outcomeOfDial(err), Err: err}
 	}
 	defer resp.Body.Close()
-	a := Answer{Status: resp.StatusCode, Header: resp.Header}
+	a := Answer{Status: resp.StatusCode, Proto: resp.Proto, Header: resp.Header}
 	if a.Body, err = io.ReadAll(resp.Body); err != nil {
 		// The status is known, and with it the outcome of everything but a receive.
 		a.Err = fmt.Errorf("read the answer: %w", err)
