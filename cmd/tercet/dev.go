@@ -120,8 +120,11 @@ func (a *app) dev(ctx context.Context, o devOptions) error {
 		return usageError{err}
 	}
 	args := []string{"--durability", o.durability, "--valkey-mode", o.valkeyMode, "--flush-allowed", "--push-allow", "127.0.0.0/8,::1/128"}
+	var env []string
 	if o.upstream != "" || len(o.upstreamExcept) > 0 {
-		args = append(args, "--upstream", o.upstream, "--upstream-except", strings.Join(o.upstreamExcept, ","))
+		// The address may hold a password, and everybody on the machine can read command lines.
+		env = append(env, "TERCET_UPSTREAM="+o.upstream)
+		args = append(args, "--upstream-except", strings.Join(o.upstreamExcept, ","))
 	}
 	if o.virtualClock {
 		args = append(args, "--virtual-clock")
@@ -129,6 +132,7 @@ func (a *app) dev(ctx context.Context, o devOptions) error {
 	cluster, err := local.Start(local.Options{
 		Binary: binary, Data: o.data, HTTPPort: o.httpPort, PeerPort: o.peerPort, ValkeyPort: o.valkeyPort, Restart: true,
 		Args:   func(int) []string { return args },
+		Env:    env,
 		Notice: func(line string) { a.note("%s", line) },
 	})
 	if err != nil {

@@ -271,6 +271,8 @@ type probed struct {
 	Fsync           string   `json:"fsync,omitempty"`
 	MaxMemoryPolicy string   `json:"maxMemoryPolicy,omitempty"`
 	TLS             bool     `json:"tls"`
+	User            string   `json:"user,omitempty"`
+	Refused         []string `json:"refused"`
 	LatencyMicros   int64    `json:"latencyMicros"`
 	Durability      string   `json:"durability"`
 	Problems        []string `json:"problems"`
@@ -282,8 +284,8 @@ func (a *app) gatewayTestCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "test [ADDRESS]",
 		Short: "Look at an upstream and say what it gives and what is missing",
-		Long: `Connects as "tercet gateway" would with the same flags, and prints version, mode, replicas, durability and latency,
-and for all that is missing how to get it. It changes nothing. It exits with 4 if the gateway would not start.`,
+		Long: `Connects as "tercet gateway" would with the same flags, and prints version, mode, replicas, durability, rights and
+latency, and for all that is missing how to get it. It changes nothing. It exits with 4 if the gateway would not start.`,
 		Example: examples(`
 			tercet gateway test localhost:6379
 			tercet gateway test rediss://app:secret@master.orders.use1.cache.amazonaws.com:6379 --wait-replicas 2 --require-durability replicas=2
@@ -309,7 +311,8 @@ and for all that is missing how to get it. It changes nothing. It exits with 4 i
 			p := probed{
 				Upstream: target.String(), Server: r.Server, Version: r.Version, Mode: string(r.Mode), Role: r.Role, Replicas: r.Replicas,
 				AppendOnly: r.AppendOnly, Fsync: r.Fsync, MaxMemoryPolicy: r.MaxMemoryPolicy, TLS: r.TLS,
-				LatencyMicros: r.Latency.Microseconds(), Durability: r.Level.String(), Problems: []string{}, Remarks: []string{},
+				LatencyMicros: r.Latency.Microseconds(), Durability: r.Level.String(), User: r.User, Refused: append([]string{}, r.Refused...),
+				Problems: []string{}, Remarks: []string{},
 			}
 			p.Problems, p.Remarks = append(p.Problems, r.Problems...), append(p.Remarks, r.Remarks...)
 			if err := a.print(p, p.text); err != nil {
@@ -333,6 +336,10 @@ func (p probed) text(w io.Writer) error {
 		}
 		return s
 	}
+	rights := "every command that is needed is allowed"
+	if len(p.Refused) > 0 {
+		rights = "not allowed: " + strings.Join(p.Refused, ", ")
+	}
 	rows := [][]string{
 		{"upstream", p.Upstream},
 		{"server", p.Server + " " + p.Version},
@@ -341,6 +348,7 @@ func (p probed) text(w io.Writer) error {
 		{"append-only file", fmt.Sprint(p.AppendOnly) + " (fsync: " + orUnknown(p.Fsync) + ")"},
 		{"eviction", orUnknown(p.MaxMemoryPolicy)},
 		{"TLS", fmt.Sprint(p.TLS)},
+		{"user", orUnknown(p.User) + ", " + rights},
 		{"round trip", (time.Duration(p.LatencyMicros) * time.Microsecond).String()},
 		{"a publish is worth", p.Durability},
 	}

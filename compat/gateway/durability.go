@@ -106,6 +106,9 @@ type Report struct {
 	MaxMemoryPolicy string
 	// TLS tells whether the connection is encrypted.
 	TLS bool
+	// User is who the gateway is there ("" where the server does not say), Refused the commands that it needs and may not call.
+	User    string
+	Refused []string
 	// Latency is the median of a few round trips.
 	Latency time.Duration
 	// Level is what the configured waits make of a publish here.
@@ -180,8 +183,20 @@ func probe(ctx context.Context, c valkey.Client, t Target, w Worth) (Report, err
 	micros, _ := strconv.ParseInt(clock[1], 10, 64)
 	r.clockAhead = time.Unix(seconds, micros*1000).Sub(start.Add(time.Since(start) / 2))
 
+	if who, err := c.Do(ctx, c.B().AclWhoami().Build()).ToString(); err == nil {
+		r.User = who
+	}
+	keys := r.rights(ctx, c)
+
 	problem := func(format string, args ...any) { r.Problems = append(r.Problems, fmt.Sprintf(format, args...)) }
 	remark := func(format string, args ...any) { r.Remarks = append(r.Remarks, fmt.Sprintf(format, args...)) }
+	if len(r.Refused) > 0 {
+		problem("the user may not call %s: add them to its access string, or +@stream +@sortedset +@hash +@string +@scripting +@connection +info +time +wait +waitaof",
+			strings.Join(r.Refused, ", "))
+	}
+	if keys {
+		problem("the user may not touch keys named %s*: add ~tercet:gateway:*, and for each topic T ~T and ~{T}:tercet:*, to its access string", probePrefix)
+	}
 	major := versionOf(r.Version)
 	if major < 7 {
 		problem("version %s is older than 7.0: upgrade", r.Version)
@@ -224,6 +239,43 @@ func probe(ctx context.Context, c valkey.Client, t Target, w Worth) (Report, err
 		remark("WAIT counts copies in memory: they survive the primary, not a failure of all at once")
 	}
 	return r, nil
+}
+
+// probePrefix begins the keys that are the gateway's own, and the one that is asked about and never exists.
+const probePrefix = "tercet:gateway:"
+
+// rights asks the server about each command that the gateway and its scripts call, on a key that does not exist and in a
+// form that makes none. It reports whether keys of that name are refused.
+func (r *Report) rights(ctx context.Context, c valkey.Client) (keys bool) {
+	for _, words := range [][]string{
+		{"XADD", "", "NOMKSTREAM", "*", "a", "b"}, {"XRANGE", "", "-", "+", "COUNT", "1"}, {"XREVRANGE", "", "+", "-", "COUNT", "1"}, {"XDEL", "", "0-1"},
+		{"XACK", "", "g", "0-1"}, {"XCLAIM", "", "g", "c", "0", "0-1"}, {"XPENDING", "", "g"}, {"XINFO", "", "GROUPS"}, {"XGROUP", "", "SETID", "g", "0"},
+		{"GET", ""}, {"SET", "", "x", "XX"}, {"HGET", "", "a"}, {"HDEL", "", "a"}, {"ZADD", "", "XX", "1", "a"}, {"ZRANGE", "", "0", "0"}, {"ZSCORE", "", "a"},
+		{"ZCOUNT", "", "0", "1"}, {"ZREM", "", "a"}, {"EVALSHA", "", "0"}, {"EVAL", "", "0"},
+	} {
+		name, key := words[0], probePrefix+"probe"
+		b := c.B().Arbitrary(name)
+		switch name {
+		case "XINFO", "XGROUP": // the key comes behind the subcommand
+			b = b.Args(words[2]).Keys(key).Args(words[3:]...)
+		case "EVAL":
+			b = b.Args("return 1", "1").Keys(key)
+		case "EVALSHA":
+			b = b.Args(strings.Repeat("0", 40), "1").Keys(key)
+		default:
+			b = b.Keys(key).Args(words[2:]...)
+		}
+		err := c.Do(ctx, b.Build()).Error()
+		if err == nil || !strings.HasPrefix(err.Error(), "NOPERM") {
+			continue
+		}
+		if strings.Contains(err.Error(), "the keys") || strings.Contains(err.Error(), " key") {
+			keys = true
+		} else {
+			r.Refused = append(r.Refused, name)
+		}
+	}
+	return keys
 }
 
 // parseInfo reads the answer of INFO.

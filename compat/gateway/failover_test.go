@@ -292,3 +292,31 @@ func certificates(t *testing.T) (ca, cert, key string) {
 	}
 	return write("ca.pem", "CERTIFICATE", caDER), write("cert.pem", "CERTIFICATE", der), write("key.pem", "PRIVATE KEY", keyDER)
 }
+
+// TestRights looks at a server as users who lack something: the report names it, and how to get it.
+func TestRights(t *testing.T) {
+	r := redistest.Start(t, "--user", "whole", "on", ">secret", "~*", "&*", "+@all", "--user", "reader", "on", ">secret", "~*", "+@read", "+@connection", "+info", "+time",
+		"--user", "narrow", "on", ">secret", "~orders", "&*", "+@all")
+	probe := func(user string) Report {
+		t.Helper()
+		report, err := Probe(t.Context(), Target{Addr: r.Addr(), Mode: Single, Username: user, Password: "secret"}, Worth{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return report
+	}
+	if got := probe("whole"); len(got.Refused) > 0 || len(got.Problems) > 0 || got.User != "whole" {
+		t.Errorf("a user who may do everything: %+v", got)
+	}
+	got := probe("reader")
+	if err := got.Allows(Level{}); err == nil || !strings.Contains(strings.Join(got.Refused, " "), "XADD XDEL XACK XCLAIM XGROUP SET") || !strings.Contains(err.Error(), "+@stream") {
+		t.Errorf("a user who may only read: %v; %v", got.Refused, err)
+	}
+	got = probe("narrow")
+	if err := got.Allows(Level{}); err == nil || len(got.Refused) > 0 || !strings.Contains(err.Error(), "~tercet:gateway:*") {
+		t.Errorf("a user who may touch one key: %+v", got)
+	}
+	if keys := r.Do("DBSIZE"); keys != "0" {
+		t.Errorf("looking left %s keys behind", keys)
+	}
+}

@@ -47,6 +47,8 @@ type Options struct {
 	Binary string
 	// Data holds a directory and a log file per node.
 	Data string
+	// Env is added to the nodes' environment: settings that do not belong on a command line.
+	Env []string
 	// HTTPPort and PeerPort are those of the first node; the others count up. 0 picks free ports.
 	HTTPPort, PeerPort int
 	// ValkeyPort is that of the first node; 0 opens no such port.
@@ -256,7 +258,7 @@ func (c *Cluster) startNode(i int) error {
 		return err
 	}
 	cmd := exec.Command(c.opts.Binary, c.arguments(i)...)
-	cmd.Env = environment()
+	cmd.Env = append(environment(), c.opts.Env...)
 	cmd.SysProcAttr = childAttributes()
 	pipe, err := cmd.StderrPipe()
 	if err != nil {
