@@ -160,7 +160,7 @@ type headerCache struct {
 type headerKey struct{ topic, base uint64 }
 
 func headerBytes(b *block) int64 {
-	return 264 + 4*int64(cap(b.retention)) + 8*int64(len(b.runs)) + 16*int64(cap(b.ids))
+	return 288 + 4*int64(cap(b.retention)) + 8*int64(len(b.runs)) + 16*int64(cap(b.ids))
 }
 
 func (c *headerCache) get(topic, base uint64) *block {
@@ -479,7 +479,7 @@ func (e *Engine) loadRecent(ds []Delivery) (cold bool, err error) {
 // loadStored loads the deliveries that have no body yet from the store.
 func (e *Engine) loadStored(ds []Delivery) (err error) {
 	defer e.damaged(&err)
-	it, err := e.db.NewIter(&pebble.IterOptions{LowerBound: e.keys.key(rowPayload), UpperBound: e.keys.key(rowPayload + 1)})
+	it, err := e.db.NewIter(&pebble.IterOptions{LowerBound: e.keys.key(rowBlock), UpperBound: keyspaceEnd(e.keys, rowBlock)})
 	if err != nil {
 		return fmt.Errorf("engine: reading messages: %w", err)
 	}
@@ -511,7 +511,7 @@ func (e *Engine) loadStored(ds []Delivery) (err error) {
 		}
 		off := d.Receipt.Offset
 		if !valid || topic != d.Receipt.Topic || off < base+at || off >= base+count {
-			key = e.keys.append(key[:0], rowPayload, d.Receipt.Topic, off+1)
+			key = e.keys.append(key[:0], rowBlock, d.Receipt.Topic, off+1)
 			valid = it.SeekLT(key)
 			if !valid {
 				if err := it.Error(); err != nil {
@@ -531,11 +531,18 @@ func (e *Engine) loadStored(ds []Delivery) (err error) {
 			if err != nil {
 				return fmt.Errorf("engine: reading the block at offset %d: %w", base, err)
 			}
-			if v, err = e.payload(topic, base, v); err != nil {
-				return err
+			b, err := parseBlock(topic, base, v)
+			if err != nil {
+				return fmt.Errorf("engine: block header of topic %d at offset %d: %w", topic, base, err)
+			}
+			v = nil
+			if topic == d.Receipt.Topic && off < b.end() && b.refs == nil {
+				if v, err = e.payload(topic, base, b.at); err != nil {
+					return err
+				}
 			}
 			rest, at = reader{b: v}, 0
-			if v == nil { // removed since the iterator was made
+			if v == nil { // no block has it any more
 				ok, err := e.loadKept(d.Receipt.Topic, off, d, true)
 				if err != nil {
 					return err
@@ -545,7 +552,7 @@ func (e *Engine) loadStored(ds []Delivery) (err error) {
 				continue
 			}
 			if ver := rest.u8(); ver != rowVersion {
-				return rowError(rowPayload, ver)
+				return fmt.Errorf("engine: payload of topic %d at offset %d: %w", topic, base, errMalformed)
 			}
 			count = rest.uvarint()
 			if topic != d.Receipt.Topic || off-base >= count {

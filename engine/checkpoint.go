@@ -244,9 +244,7 @@ func (e *Engine) removeBlocks(batch *pebble.Batch, inc uint64, from, to floor, r
 	case from.stream.less(to.stream):
 		_ = batch.DeleteRange(e.keys.key(rowByStream, inc, from.stream.Ms, from.stream.Seq), e.keys.key(rowByStream, inc, to.stream.Ms, to.stream.Seq), nil)
 	}
-	for _, kind := range []byte{rowBlock, rowPayload} {
-		_ = batch.DeleteRange(e.keys.key(kind, inc, from.offset), e.keys.key(kind, inc, to.offset), nil)
-	}
+	_ = batch.DeleteRange(e.keys.key(rowBlock, inc, from.offset), e.keys.key(rowBlock, inc, to.offset), nil)
 	_ = batch.DeleteRange(e.keys.key(rowByIndex, inc, from.index), e.keys.key(rowByIndex, inc, to.index), nil)
 	return nil
 }
@@ -273,22 +271,19 @@ func (e *Engine) sweep(batch *pebble.Batch, s *state, removed map[uint64]removed
 	}
 	defer func() { _ = it.Close() }()
 	for it.First(); it.Valid(); it.Next() {
-		inc, _ := keyPart(it.Key(), 1)
-		base, ok := keyPart(it.Key(), 2)
-		if !ok {
-			return nil, 0, fmt.Errorf("engine: expiry row %x: %w", it.Key(), errMalformed)
-		}
-		byTopic[inc] = append(byTopic[inc], base)
 		v, err := it.ValueAndErr()
 		if err != nil {
 			return nil, 0, fmt.Errorf("engine: reading the expiry index: %w", err)
 		}
-		deps, err := parseExpiry(v)
+		blocks, err := parseExpiry(v)
 		if err != nil {
 			return nil, 0, fmt.Errorf("engine: expiry row %x: %w", it.Key(), err)
 		}
-		for _, d := range deps {
-			_ = batch.Delete(e.keys.key(rowPosting, inc, d, base), nil)
+		for _, x := range blocks {
+			byTopic[x.topic] = append(byTopic[x.topic], x.base)
+			for _, d := range x.deps {
+				_ = batch.Delete(e.keys.key(rowPosting, x.topic, d, x.base), nil)
+			}
 		}
 	}
 	if err := it.Error(); err != nil {
@@ -418,7 +413,6 @@ func (e *Engine) removeBlock(batch *pebble.Batch, inc, base uint64) error {
 		return fmt.Errorf("engine: block header at offset %d: %w", base, err)
 	}
 	_ = batch.Delete(key, nil)
-	_ = batch.Delete(e.keys.key(rowPayload, inc, base), nil)
 	if b.refs == nil {
 		_ = batch.Delete(e.keys.key(rowByIndex, inc, b.index), nil)
 	}

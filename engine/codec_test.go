@@ -162,7 +162,7 @@ func goldenVectors(t testing.TB) map[string][]byte {
 		}
 	}
 	l.checkpoint()
-	for _, kind := range []byte{rowBlock, rowPayload, rowByIndex, rowByStream, rowExpiry, rowTopic, rowGroup, rowChunk, rowIntake, rowState, rowFloor, rowDocument,
+	for _, kind := range []byte{rowBlock, rowByIndex, rowByStream, rowExpiry, rowTopic, rowGroup, rowChunk, rowIntake, rowState, rowFloor, rowDocument,
 		rowKey, rowStaged, rowStagedIndex, rowStagedExpiry, rowPlace, rowChange, rowPack} {
 		if err := l.e.scan(kind, func(key, v []byte) error {
 			out[fmt.Sprintf("row %c %x", kind, key[1:])] = slices.Clone(v)

@@ -318,7 +318,7 @@ func removeNow(e *Engine) error {
 		}
 	}
 	for _, b := range dead {
-		for _, kind := range []byte{rowBlock, rowPayload} {
+		for _, kind := range []byte{rowBlock} {
 			if err := e.db.Delete(e.keys.key(kind, b.topic, b.base), pebble.NoSync); err != nil {
 				return err
 			}

@@ -440,6 +440,7 @@ func (e *Engine) placeMatured(order []*topic) error {
 			e.fx.Appended = append(e.fx.Appended, t.name)
 		}
 	}
+	e.putExpiries(batch, kept.blocks, true)
 	if err := batch.Commit(pebble.NoSync); err != nil {
 		return fmt.Errorf("writing matured messages: %w", err)
 	}

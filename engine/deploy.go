@@ -176,16 +176,6 @@ func (e *Engine) putPostings(batch *pebble.Batch, b *block, deps []uint64) {
 	}
 }
 
-// parseExpiry reads a row of the expiry index: the deployments whose postings go with the block.
-func parseExpiry(row []byte) (deps []uint64, err error) {
-	r := reader{b: row}
-	r.uvarint()
-	for len(r.b) > 0 {
-		deps = append(deps, r.u64())
-	}
-	return deps, r.err()
-}
-
 // nextOf returns the first message of a deployment at or behind off that has not expired at now, nil without one.
 func (e *Engine) nextOf(t *topic, dep, off uint64, now int64) (found *block, at uint32, err error) {
 	defer e.damaged(&err)

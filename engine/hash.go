@@ -3,6 +3,7 @@ package engine
 import (
 	"encoding/binary"
 	"fmt"
+	"slices"
 
 	"github.com/cespare/xxhash/v2"
 	"github.com/cockroachdb/pebble/v2"
@@ -73,10 +74,16 @@ func (e *Engine) logicalRows(visit func(key, value []byte) error) (err error) {
 			if b.lastExpiry <= now || b.end() <= t.first || t.allRemoved(b) {
 				continue
 			}
-			err = visit(it.Key(), v)
+			err = visit(it.Key(), b.appendHeader(nil))
+			if err == nil && b.refs == nil {
+				var payload []byte
+				if payload, err = e.logicalPayload(t, b); err == nil {
+					err = visit(nil, payload)
+				}
+			}
 			lead := [][]uint64{{rowByStream, inc, b.stream.Ms, b.stream.Seq, base}}
 			if b.refs == nil {
-				lead = append(lead, []uint64{rowPayload, inc, base}, []uint64{rowByIndex, inc, b.index})
+				lead = append(lead, []uint64{rowByIndex, inc, b.index})
 			}
 			for _, r := range b.refs {
 				if r.expiry() > now {
@@ -84,15 +91,15 @@ func (e *Engine) logicalRows(visit func(key, value []byte) error) (err error) {
 				}
 			}
 			if b.lastExpiry != never {
-				lead = append(lead, []uint64{rowExpiry, expiryTick(b.lastExpiry), inc, base})
+				lead = append(lead, append([]uint64{rowExpiry}, expiryKey(expiryTick(b.lastExpiry), b.index, b.refs != nil)...))
 			}
 			for _, l := range lead {
 				if err != nil {
 					break
 				}
 				var key, row []byte
-				if key, row, err = get(byte(l[0]), l[1:]...); err == nil && l[0] == rowPayload {
-					row, err = e.logicalPayload(t, b, row)
+				if key, row, err = get(byte(l[0]), l[1:]...); err == nil && l[0] == rowExpiry {
+					err = listed(row, b)
 				}
 				if err == nil {
 					err = visit(key, row)
@@ -163,15 +170,20 @@ func (e *Engine) stagedRows(visit func(key, value []byte) error, now int64) erro
 }
 
 // logicalPayload is what of a block's payload is the same on every node: one may have dropped dead records, another not.
-func (e *Engine) logicalPayload(t *topic, b *block, row []byte) ([]byte, error) {
-	at, err := parsePlace(row)
-	if err != nil {
-		return nil, err
-	}
-	payload, err := e.packs.read(t.inc, b.base, at)
+func (e *Engine) logicalPayload(t *topic, b *block) ([]byte, error) {
+	payload, err := e.packs.read(t.inc, b.base, b.at)
 	if err != nil {
 		return nil, err
 	}
 	_, dead := t.aliveIn(b, e.stamp.Cluster, true)
 	return appendThinned(nil, payload, dead), nil
+}
+
+// listed checks that a row of the expiry index leads to the block.
+func listed(row []byte, b *block) error {
+	blocks, err := parseExpiry(row)
+	if err == nil && !slices.ContainsFunc(blocks, func(x expiring) bool { return x.topic == b.topic && x.base == b.base }) {
+		err = fmt.Errorf("engine: no row of the expiry index leads to the block at offset %d: %w", b.base, errMalformed)
+	}
+	return err
 }

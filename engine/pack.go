@@ -15,8 +15,8 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 )
 
-// Payloads stand in packs: files beside Pebble's that are only appended to, one write an entry. A row P says where a
-// block's payload is. A pack goes when its last message has expired; one of which less than a quarter is alive is
+// Payloads stand in packs: files beside Pebble's that are only appended to, one write an entry. A block's header
+// says where its payload is. A pack goes when its last message has expired; one of which less than a quarter is alive is
 // rewritten at a checkpoint.
 //
 // A pack is synced before the checkpoint that lists it is committed, and what is listed is read up to the listed size
@@ -73,26 +73,20 @@ func parsePack(number uint64, row []byte) (*pack, error) {
 	return k, r.err()
 }
 
-// place is where a block's payload stands: the value of its row P.
+// place is where a block's payload stands.
 type place struct {
 	pack, offset uint64
 	length       uint32
 }
 
-func (at place) appendRow(b []byte) []byte {
-	b = append(b, rowVersion)
+func (at place) append(b []byte) []byte {
 	b = binary.AppendUvarint(b, at.pack)
 	b = binary.AppendUvarint(b, at.offset)
 	return binary.AppendUvarint(b, uint64(at.length))
 }
 
-func parsePlace(row []byte) (place, error) {
-	r := reader{b: row}
-	if v := r.u8(); v != rowVersion {
-		return place{}, rowError(rowPayload, v)
-	}
-	at := place{pack: r.uvarint(), offset: r.uvarint(), length: uint32(r.upTo(1<<32 - 1))}
-	return at, r.err()
+func (r *reader) place() place {
+	return place{pack: r.uvarint(), offset: r.uvarint(), length: uint32(r.upTo(1<<32 - 1))}
 }
 
 // packWriter appends to one pack.
@@ -393,30 +387,27 @@ func (w *packWork) sync(p *packs) error {
 	return nil
 }
 
-// payload returns a block's payload, nil if it is not stored any more. row is its row P.
-func (e *Engine) payload(topic, base uint64, row []byte) ([]byte, error) {
+// payload returns a block's payload, nil if it is not stored any more. at is its place as it was read.
+func (e *Engine) payload(topic, base uint64, at place) ([]byte, error) {
 	if b := e.payloads.get(topic, base); b != nil {
 		return b, nil
-	}
-	at, err := parsePlace(row)
-	if err != nil {
-		return nil, err
 	}
 	b, err := e.packs.read(topic, base, at)
 	for errors.Is(err, errPackGone) {
 		// Rewritten, or expired, since the row was read.
 		old := at
-		v, closer, gerr := e.db.Get(e.keys.key(rowPayload, topic, base))
+		v, closer, gerr := e.db.Get(e.keys.key(rowBlock, topic, base))
 		if errors.Is(gerr, pebble.ErrNotFound) {
 			return nil, nil
 		}
 		if gerr != nil {
-			return nil, fmt.Errorf("engine: reading the place of a block: %w", gerr)
+			return nil, fmt.Errorf("engine: reading a block header: %w", gerr)
 		}
-		at, gerr = parsePlace(v)
+		h, gerr := parseBlock(topic, base, v)
 		if gerr = errors.Join(gerr, closer.Close()); gerr != nil {
 			return nil, gerr
 		}
+		at = h.at
 		if at == old {
 			err = &CorruptError{File: e.packs.path(at.pack), Detail: "missing", Remedy: remedyReplace}
 			break

@@ -168,20 +168,23 @@ func TestPackMoved(t *testing.T) {
 		l.apply(&Publish{Topic: "t", Messages: ms})
 	}
 	inc := l.e.topics["t"].inc
-	row := func() []byte {
-		v, closer, err := l.e.db.Get(l.e.keys.key(rowPayload, inc, 0))
+	where := func() place {
+		v, closer, err := l.e.db.Get(l.e.keys.key(rowBlock, inc, 0))
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer func() { _ = closer.Close() }()
-		return append([]byte(nil), v...)
+		b, err := parseBlock(inc, 0, v)
+		if err = errors.Join(err, closer.Close()); err != nil {
+			t.Fatal(err)
+		}
+		return b.at
 	}
-	old := row()
+	old := where()
 	l.checkpoint()
 	l.pass(time.Minute)
 	l.apply(&Tick{})
 	l.checkpoint()
-	if string(row()) == string(old) {
+	if where() == old {
 		t.Fatal("nothing was rewritten")
 	}
 	b, err := l.e.payload(inc, 0, old)
@@ -193,12 +196,8 @@ func TestPackMoved(t *testing.T) {
 		t.Fatalf("%d bytes, %v", len(b), err)
 	}
 	// A place that nothing explains is damage.
-	at, err := parsePlace(row())
-	if err != nil {
-		t.Fatal(err)
-	}
 	l.e.payloads.reset(0)
-	if err := l.o.FS.Remove(l.e.packs.path(at.pack)); err != nil {
+	if err := l.o.FS.Remove(l.e.packs.path(where().pack)); err != nil {
 		t.Fatal(err)
 	}
 	l.e.packs.mu.Lock()
@@ -207,7 +206,7 @@ func TestPackMoved(t *testing.T) {
 		delete(l.e.packs.open, n)
 	}
 	l.e.packs.mu.Unlock()
-	if _, err := l.e.payload(inc, 0, row()); !errors.As(err, new(*CorruptError)) {
+	if _, err := l.e.payload(inc, 0, where()); !errors.As(err, new(*CorruptError)) {
 		t.Fatalf("a missing pack gave %v", err)
 	}
 	if l.e.Err() == nil {

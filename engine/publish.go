@@ -318,6 +318,7 @@ func (e *Engine) store(entry []byte) error {
 			e.putBlock(batch, t, entry)
 			blocks = append(blocks, b)
 		}
+		e.putExpiries(batch, blocks, false)
 		e.packs.appended += uint64(len(e.packs.cur.buf))
 		if err := e.packs.cur.write(); err != nil {
 			return err
@@ -356,7 +357,7 @@ func (e *Engine) store(entry []byte) error {
 // is of, or the place at which this entry put the payload.
 func (e *Engine) putBlock(batch *pebble.Batch, t *topic, entry []byte) {
 	b := t.open
-	at := e.packs.cur.add(b, func(dst []byte) []byte {
+	b.at = e.packs.cur.add(b, func(dst []byte) []byte {
 		dst = payloadHead(dst, b.count)
 		from := len(dst)
 		for _, s := range t.segs {
@@ -367,25 +368,71 @@ func (e *Engine) putBlock(batch *pebble.Batch, t *topic, entry []byte) {
 		}
 		return dst
 	})
-	e.put(batch, at.appendRow(e.rowBuf[:0]), rowPayload, t.inc, b.base)
 	e.put(batch, binary.AppendUvarint(e.rowBuf[:0], b.base), rowByIndex, t.inc, b.index)
 	e.putHeader(batch, b)
 }
 
-// putHeader writes a block's header and the rows that lead to it by stream ID and by expiry.
+// putHeader writes a block's header and the rows that lead to it by stream ID and deployment.
 func (e *Engine) putHeader(batch *pebble.Batch, b *block) {
 	e.rowBuf = b.appendRow(e.rowBuf[:0])
 	e.put(batch, e.rowBuf, rowBlock, b.topic, b.base)
 	e.put(batch, binary.AppendUvarint(e.rowBuf[:0], b.index), rowByStream, b.topic, b.stream.Ms, b.stream.Seq, b.base)
-	deps := b.deployments()
-	e.putPostings(batch, b, deps)
-	if b.lastExpiry != never {
-		row := binary.AppendUvarint(e.rowBuf[:0], b.index)
+	e.putPostings(batch, b, b.deployments())
+}
+
+// putExpiries writes the rows by which a checkpoint finds the entry's blocks when their last message has expired, one
+// for each time at which some do. matured tells blocks of references from the others of the entry.
+func (e *Engine) putExpiries(batch *pebble.Batch, blocks []*block, matured bool) {
+	ticks := make(map[uint64][]byte)
+	for _, b := range blocks {
+		if b.lastExpiry == never {
+			continue
+		}
+		row := ticks[expiryTick(b.lastExpiry)]
+		if row == nil {
+			row = append(make([]byte, 0, 1+8*len(blocks)), rowVersion)
+		}
+		deps := b.deployments()
+		row = binary.AppendUvarint(row, b.topic)
+		row = binary.AppendUvarint(row, b.base)
+		row = binary.AppendUvarint(row, uint64(len(deps)))
 		for _, d := range deps {
 			row = binary.LittleEndian.AppendUint64(row, d)
 		}
-		e.put(batch, row, rowExpiry, expiryTick(b.lastExpiry), b.topic, b.base)
+		ticks[expiryTick(b.lastExpiry)] = row
 	}
+	for _, tick := range sortedKeys(ticks) {
+		e.put(batch, ticks[tick], rowExpiry, expiryKey(tick, e.index, matured)...)
+	}
+}
+
+func expiryKey(tick, index uint64, matured bool) []uint64 {
+	key := []uint64{tick, index, 0}
+	if matured {
+		key[2] = 1
+	}
+	return key
+}
+
+// expiring is a block in a row of the expiry index, with the deployments whose postings go with it.
+type expiring struct {
+	topic, base uint64
+	deps        []uint64
+}
+
+func parseExpiry(row []byte) (blocks []expiring, err error) {
+	r := reader{b: row}
+	if v := r.u8(); v != rowVersion {
+		return nil, rowError(rowExpiry, v)
+	}
+	for len(r.b) > 0 {
+		x := expiring{topic: r.uvarint(), base: r.uvarint()}
+		for range r.count(8) {
+			x.deps = append(x.deps, r.u64())
+		}
+		blocks = append(blocks, x)
+	}
+	return blocks, r.err()
 }
 
 func (e *Engine) put(batch *pebble.Batch, value []byte, kind byte, parts ...uint64) {

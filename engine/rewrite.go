@@ -1,7 +1,6 @@
 package engine
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"slices"
@@ -10,11 +9,10 @@ import (
 )
 
 // rewritePacks rewrites, at a checkpoint, the packs of which less than a quarter is alive: what lives is copied into
-// a new pack, without the records that nobody can ask for any more, and the batch gets rows that say so. It goes
+// a new pack, without the records that nobody can ask for any more, and the batch gets headers that say so. It goes
 // before all removals of the same batch, so that what they take is gone. Whether it runs, and when, has no effect on
-// what anybody sees: a row P is no part of the logical state.
+// what anybody sees: the place in a header is no part of the logical state.
 func (e *Engine) rewritePacks(batch *pebble.Batch) (rewritten []uint64, err error) {
-	defer e.damaged(&err)
 	p := e.packs
 	e.mu.RLock()
 	now, applied := e.stamp.Cluster, e.index
@@ -32,13 +30,13 @@ func (e *Engine) rewritePacks(batch *pebble.Batch) (rewritten []uint64, err erro
 	e.mu.Unlock()
 	p.looked = now
 	alive := make(map[uint64]uint64)
-	err = e.eachStored(func(b *block, at place) error {
+	err = e.eachStored(func(b *block) error {
 		if b.index > applied {
-			alive[at.pack] += uint64(at.length)
+			alive[b.at.pack] += uint64(b.at.length)
 			return nil
 		}
 		n, _ := e.aliveIn(b, now, false)
-		alive[at.pack] += uint64(at.length) * uint64(n) / uint64(b.count)
+		alive[b.at.pack] += uint64(b.at.length) * uint64(n) / uint64(b.count)
 		return nil
 	})
 	if err != nil {
@@ -70,15 +68,15 @@ func (e *Engine) rewritePacks(batch *pebble.Batch) (rewritten []uint64, err erro
 		w = nil
 		return err
 	}
-	err = e.eachStored(func(b *block, at place) error {
-		if !victims[at.pack] || b.index > applied {
+	err = e.eachStored(func(b *block) error {
+		if !victims[b.at.pack] || b.index > applied {
 			return nil
 		}
 		n, dead := e.aliveIn(b, now, true)
 		if n == 0 {
 			return nil
 		}
-		payload, err := p.read(b.topic, b.base, at)
+		payload, err := p.read(b.topic, b.base, b.at)
 		if err != nil {
 			return err
 		}
@@ -95,8 +93,8 @@ func (e *Engine) rewritePacks(batch *pebble.Batch) (rewritten []uint64, err erro
 				return err
 			}
 		}
-		to := w.add(b, func(dst []byte) []byte { return appendThinned(dst, payload, dead) })
-		_ = batch.Set(e.keys.key(rowPayload, b.topic, b.base), to.appendRow(nil), nil) // a batch in memory takes everything
+		b.at = w.add(b, func(dst []byte) []byte { return appendThinned(dst, payload, dead) })
+		_ = batch.Set(e.keys.key(rowBlock, b.topic, b.base), b.appendRow(nil), nil) // a batch in memory takes everything
 		if len(w.buf) >= packSyncBytes {
 			return w.write()
 		}
@@ -108,50 +106,17 @@ func (e *Engine) rewritePacks(batch *pebble.Batch) (rewritten []uint64, err erro
 	return rewritten, nil
 }
 
-// eachStored visits the stored blocks that have a payload of their own, with the places of those.
-func (e *Engine) eachStored(visit func(b *block, at place) error) error {
-	heads, err := e.db.NewIter(&pebble.IterOptions{LowerBound: e.keys.key(rowBlock), UpperBound: keyspaceEnd(e.keys, rowBlock)})
-	if err != nil {
-		return fmt.Errorf("engine: reading block headers: %w", err)
-	}
-	defer func() { _ = heads.Close() }()
-	places, err := e.db.NewIter(&pebble.IterOptions{LowerBound: e.keys.key(rowPayload), UpperBound: keyspaceEnd(e.keys, rowPayload)})
-	if err != nil {
-		return fmt.Errorf("engine: reading places: %w", err)
-	}
-	defer func() { _ = places.Close() }()
-	heads.First()
-	for places.First(); places.Valid(); places.Next() {
-		key := places.Key()
-		for heads.Valid() && bytes.Compare(heads.Key()[1:], key[1:]) < 0 {
-			heads.Next() // a block of references
-		}
-		if !heads.Valid() || !bytes.Equal(heads.Key()[1:], key[1:]) {
-			continue // written since the other iterator was made
-		}
+// eachStored visits the stored blocks that have a payload of their own.
+func (e *Engine) eachStored(visit func(b *block) error) error {
+	return e.scan(rowBlock, func(key, row []byte) error {
 		topic, _ := keyPart(key, 0)
 		base, _ := keyPart(key, 1)
-		row, err := places.ValueAndErr()
-		if err != nil {
-			return fmt.Errorf("engine: reading places: %w", err)
-		}
-		at, err := parsePlace(row)
-		if err != nil {
+		b, err := parseBlock(topic, base, row)
+		if err != nil || b.refs != nil {
 			return err
 		}
-		head, err := heads.ValueAndErr()
-		if err != nil {
-			return fmt.Errorf("engine: reading block headers: %w", err)
-		}
-		b, err := parseBlock(topic, base, head)
-		if err == nil {
-			err = visit(b, at)
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return errors.Join(heads.Error(), places.Error())
+		return visit(b)
+	})
 }
 
 // aliveIn counts the messages of a block that are neither expired nor removed and, if asked, says which are not; nil

@@ -10,11 +10,10 @@ import (
 // Row kinds: the first byte of every key; the shard follows. Letters that later features will use are
 // listed so that nobody takes them for something else.
 const (
-	rowBlock        = 'M' // topic, base offset -> block header; written once
-	rowPayload      = 'P' // topic, base offset -> where the message records are; not part of the logical state
+	rowBlock        = 'M' // topic, base offset -> block header and where its payload stands; written once, but for the place
 	rowByIndex      = 'I' // topic, raft index -> base offset; written once
 	rowByStream     = 'X' // topic, stream ID, base offset -> raft index; written once
-	rowExpiry       = 'E' // expiry tick, topic, base offset -> raft index; written once
+	rowExpiry       = 'E' // expiry tick, raft index, 1 for references -> blocks; written once
 	rowTopic        = 'T' // topic -> topic; checkpoint
 	rowGroup        = 'G' // topic, group -> group; checkpoint
 	rowChunk        = 'U' // topic, group, chunk -> unsettled messages; checkpoint
@@ -41,7 +40,7 @@ const (
 )
 
 // topicRows are the kinds whose key begins with a topic.
-var topicRows = []byte{rowBlock, rowPayload, rowByIndex, rowByStream, rowTopic, rowGroup, rowChunk, rowFloor, rowStaged, rowStagedIndex, rowPlace, rowPart, rowPosting, rowKept,
+var topicRows = []byte{rowBlock, rowByIndex, rowByStream, rowTopic, rowGroup, rowChunk, rowFloor, rowStaged, rowStagedIndex, rowPlace, rowPart, rowPosting, rowKept,
 	rowMarks, rowConsumer}
 
 const rowVersion = 1
@@ -96,6 +95,9 @@ type block struct {
 	refs []refRun
 	// deps are the deployments of the messages; nil if they have none. References carry their own.
 	deps []depRun
+
+	// at is where the payload stood when the header was written or read; blocks of references have none.
+	at place
 
 	// data and starts are set while the entry is kept in memory: where each record begins in it.
 	data   []byte
@@ -231,7 +233,18 @@ const (
 	blockDeployments    = 1 << 4
 )
 
+// appendRow appends the header as it is stored: the logical one and, unless it is one of references, the place of the
+// payload.
 func (b *block) appendRow(dst []byte) []byte {
+	dst = b.appendHeader(dst)
+	if b.refs == nil {
+		dst = b.at.append(dst)
+	}
+	return dst
+}
+
+// appendHeader appends the part that is the same on every node.
+func (b *block) appendHeader(dst []byte) []byte {
 	var flags byte
 	if b.refs != nil {
 		flags |= blockReferences
@@ -343,6 +356,7 @@ func parseBlock(topic, base uint64, row []byte) (*block, error) {
 			b.ids[i] = StreamID{Ms: b.ids[i-1].Ms + uint64(r.varint()), Seq: r.uvarint()}
 		}
 	}
+	b.at = r.place()
 	if err := r.err(); err != nil {
 		return nil, err
 	}

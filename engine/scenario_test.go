@@ -181,7 +181,7 @@ func (s *scenario) run(d *datadriven.TestData, out *strings.Builder) {
 		fmt.Fprintf(out, "applied %d/%d durable %d/%d cluster %q level %d members %v\n", index, term, e.Durable().Index, e.Durable().Term, e.ClusterID(), e.Level(), e.Members())
 	case "rows":
 		counts := map[string]int{}
-		for _, k := range []byte{rowBlock, rowPayload, rowByIndex, rowByStream, rowExpiry, rowTopic, rowGroup, rowChunk, rowIntake, rowState, rowFloor, rowKey, rowDue, rowStaged, rowStagedIndex, rowStagedExpiry, rowPlace, rowChange, rowKept, rowPosting} {
+		for _, k := range []byte{rowBlock, rowByIndex, rowByStream, rowExpiry, rowTopic, rowGroup, rowChunk, rowIntake, rowState, rowFloor, rowKey, rowDue, rowStaged, rowStagedIndex, rowStagedExpiry, rowPlace, rowChange, rowKept, rowPosting} {
 			if err := s.log.e.scan(k, func(_, _ []byte) error { counts[string(k)]++; return nil }); err != nil {
 				d.Fatalf(s.t, "%v", err)
 			}

@@ -513,11 +513,11 @@ func (in *Install) verify(m Meta) (*state, error) {
 		if err := errors.Join(it.Error(), it.Close()); err != nil {
 			return err
 		}
-		err = v.eachStored(func(b *block, at place) error {
+		err = v.eachStored(func(b *block) error {
 			if b.index > s.index {
 				return nil // of an entry that the log brings again
 			}
-			_, err := v.packs.read(b.topic, b.base, at)
+			_, err := v.packs.read(b.topic, b.base, b.at)
 			return err
 		})
 		return errors.Join(err, v.Err())

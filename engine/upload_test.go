@@ -130,7 +130,7 @@ func TestUpload(t *testing.T) {
 			l.pass(2 * time.Hour)
 			l.apply(&Tick{})
 			l.checkpoint()
-			if n := rowCount(t, l.e, rowPart, rowUpload, rowLargeExpiry, rowPayload); n != 0 {
+			if n := rowCount(t, l.e, rowPart, rowUpload, rowLargeExpiry, rowBlock); n != 0 {
 				t.Errorf("size %d: %d rows are left after the message has expired", size, n)
 			}
 			l.close()
