@@ -52,7 +52,7 @@ const (
 // Replication.
 const (
 	// EntryBytesTarget is where the coalescer closes a raft entry.
-	EntryBytesTarget = 256 << 10
+	EntryBytesTarget = 512 << 10
 	// EntryBytesMax bounds one raft entry; a command that would exceed it is refused before it is proposed.
 	EntryBytesMax = 4 << 20
 	// FrameBytesMax bounds one frame between nodes; checked before anything is allocated.
