@@ -23,6 +23,8 @@ type Backend interface {
 	Watch(kind raft.WatchKind, name string) (<-chan struct{}, func())
 	// Leading reports whether this node leads and is open for service.
 	Leading() (term uint64, ok bool)
+	// Secret is the cluster's, empty before the node has met it: message IDs are made with it.
+	Secret() []byte
 	// Status is the node's own view and never waits for others.
 	Status() raft.Status
 }

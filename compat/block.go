@@ -5,142 +5,16 @@ import (
 	"errors"
 	"io"
 	"os"
-	"sync"
 	"time"
 
+	"tercet.dev/tercet/engine"
 	"tercet.dev/tercet/internal/errs"
 	"tercet.dev/tercet/raft"
 )
 
-// Blocking reads. A client that finds nothing waits at its own node for changes that this node applies, and asks again, so
-// a change of leader is nothing it has to know of. XREAD is a query and asks as soon as anything happened. XREADGROUP is a
-// command: its waiters stand in line, one line for each group, and the first of a line asks when something happened; when it
-// was served, or leaves, the next one asks.
-
-// waitHall knows who waits for which stream on this node.
-type waitHall struct {
-	s      *Server
-	mu     sync.Mutex
-	topics map[string]*waitTopic
-}
-
-// waitTopic is one watched stream.
-type waitTopic struct {
-	name string
-	end  chan struct{}
-	// readers wait in XREAD, lines in XREADGROUP by group.
-	readers map[*waiter]struct{}
-	lines   map[string][]*waiter
-}
-
-// waiter is one blocked client.
-type waiter struct {
-	// wake is signalled when the waiter should ask again.
-	wake  chan struct{}
-	keys  []string
-	group string
-	// isGroup is set for XREADGROUP.
-	isGroup bool
-}
-
-func (h *waitHall) init(s *Server) {
-	h.s = s
-	h.topics = map[string]*waitTopic{}
-}
-
-// enter makes w wait for its keys.
-func (h *waitHall) enter(w *waiter) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for _, key := range w.keys {
-		t := h.topics[key]
-		if t == nil {
-			t = &waitTopic{name: key, end: make(chan struct{}), readers: map[*waiter]struct{}{}, lines: map[string][]*waiter{}}
-			h.topics[key] = t
-			appended, endAppended := h.s.backend.Watch(raft.WatchTopic, key)
-			changed, endChanged := h.s.backend.Watch(raft.WatchTopics, "")
-			go func() {
-				defer endAppended()
-				defer endChanged()
-				for {
-					select {
-					case <-appended:
-						h.notify(t, false)
-					case <-changed:
-						h.notify(t, true)
-					case <-t.end:
-						return
-					}
-				}
-			}()
-		}
-		if !w.isGroup {
-			t.readers[w] = struct{}{}
-			continue
-		}
-		line := t.lines[w.group]
-		known := false
-		for _, x := range line {
-			known = known || x == w
-		}
-		if !known {
-			t.lines[w.group] = append(line, w)
-		}
-	}
-}
-
-// leave ends w's waiting. Whoever stands behind it in a line takes its turn: w may have been woken for something it did
-// not take.
-func (h *waitHall) leave(w *waiter) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for _, key := range w.keys {
-		t := h.topics[key]
-		if t == nil {
-			continue
-		}
-		delete(t.readers, w)
-		if line := t.lines[w.group]; w.isGroup {
-			for i, x := range line {
-				if x != w {
-					continue
-				}
-				line = append(line[:i:i], line[i+1:]...)
-				if len(line) == 0 {
-					delete(t.lines, w.group)
-				} else {
-					t.lines[w.group] = line
-					if i == 0 {
-						signal(line[0].wake)
-					}
-				}
-				break
-			}
-		}
-		if len(t.readers) == 0 && len(t.lines) == 0 {
-			close(t.end)
-			delete(h.topics, key)
-		}
-	}
-}
-
-// notify wakes those who may find something: all of XREAD, the first of each line, and everybody when keys came or went,
-// since a group that is gone ends all of its waits.
-func (h *waitHall) notify(t *waitTopic, all bool) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for w := range t.readers {
-		signal(w.wake)
-	}
-	for _, line := range t.lines {
-		if !all {
-			line = line[:1]
-		}
-		for _, w := range line {
-			signal(w.wake)
-		}
-	}
-}
+// Blocking reads. They wait on the node that leads, whichever node the client talks to: XREADGROUP is a command that stands
+// in the lines of its groups there and rides in the entry that brings what it waits for, XREAD is a query that is answered
+// when the leader has applied something. When another node leads they wait there, and the client does not notice.
 
 func signal(ch chan struct{}) {
 	select {
@@ -160,11 +34,12 @@ const (
 	clientGone
 )
 
-// wait blocks the client until its waiter is woken, time is over, or it is released from outside. While it waits the
+// wait blocks the client until it is woken, time is over, or it is released from outside. While it waits the
 // connection is watched: a client that has gone must not be given anything.
 type wait struct {
-	c     *conn
-	w     *waiter
+	c *conn
+	// wake is signalled when there is an outcome.
+	wake  chan struct{}
 	timer *time.Timer
 	time  <-chan time.Time
 	from  chan unblock
@@ -177,8 +52,8 @@ type wait struct {
 }
 
 // block makes the client wait. The caller must have settled everything before.
-func (c *conn) block(w *waiter, timeout time.Duration) *wait {
-	b := &wait{c: c, w: w, from: make(chan unblock, 1), gone: make(chan struct{}), peeked: make(chan struct{})}
+func (c *conn) block(timeout time.Duration) *wait {
+	b := &wait{c: c, wake: make(chan struct{}, 1), from: make(chan unblock, 1), gone: make(chan struct{}), peeked: make(chan struct{})}
 	if timeout > 0 {
 		b.timer = time.NewTimer(timeout)
 		b.time = b.timer.C
@@ -230,7 +105,7 @@ func (b *wait) end() {
 // next waits for the next thing that happens.
 func (b *wait) next() ending {
 	select {
-	case <-b.w.wake:
+	case <-b.wake:
 		return woken
 	case <-b.time:
 		return timedOut
@@ -265,84 +140,25 @@ func (c *conn) finishWait(e ending) {
 	}
 }
 
-// retryPause is how long a blocked read pauses after a failure that is the node's and not its own.
-const retryPause = 100 * time.Millisecond
-
-// readBlocking answers XREAD BLOCK.
-func (c *conn) readBlocking(op *operation) {
-	defer c.emit()
-	q := op.query
-	w := &waiter{wake: make(chan struct{}, 1)}
-	for i := range q.Stream.Streams {
-		w.keys = append(w.keys, q.Stream.Streams[i].Key)
-	}
-	c.s.waits.enter(w)
-	defer c.s.waits.leave(w)
-	var b *wait
-	started := time.Now()
-	for {
-		a, err := c.read(q)
-		if err != nil || hasEntries(a.Stream.Reads) {
-			// Once it waits, a client does not hear of elections.
-			if err == nil || b == nil || isRefusal(errs.CodeOf(err)) {
-				if b != nil {
-					b.end()
-				}
-				c.wordRead(&a, err, op)
-				return
-			}
-			time.AfterFunc(retryPause, func() { signal(w.wake) })
-		} else {
-			// What "$" and "+" meant when the call was made is what they mean while it waits.
-			for i := range a.Stream.Reads {
-				p := &q.Stream.Streams[i]
-				if p.New || p.Tail {
-					p.ID, p.New, p.Tail = a.Stream.Reads[i].From, false, false
-				}
-			}
-		}
-		if b == nil {
-			left := op.block
-			if left > 0 {
-				left = max(left-time.Since(started), time.Millisecond)
-			}
-			b = c.block(w, left)
-		}
-		if e := b.next(); e != woken {
-			b.end()
-			c.finishWait(e)
-			return
-		}
-	}
-}
-
-// waitSlice is how long a read of one stream waits at the leader before it is asked for anew.
+// waitSlice is how long a read waits at the leader before it is asked for anew.
 const waitSlice = 10 * time.Minute
 
 // atOnce is how long an answer may take before the client counts as waiting.
 const atOnce = 3 * time.Millisecond
 
-// readGroup answers XREADGROUP BLOCK with new entries.
-func (c *conn) readGroup(op *operation) {
-	defer c.emit()
-	if !c.settle() {
-		return
-	}
-	if len(op.group.Streams) == 1 {
-		c.readParked(op)
-		return
-	}
-	c.readLines(op)
+// outcome is what one question of a waiting read came to.
+type outcome struct {
+	reply  raft.Reply
+	answer engine.Answer
+	err    error
 }
 
-// readParked waits for new entries of one stream at the leader, where the read rides in the entry that carries them.
-func (c *conn) readParked(op *operation) {
-	cmd := encode(op)
-	type outcome struct {
-		reply raft.Reply
-		err   error
-	}
+// await asks until there is an outcome to be told, time is over, or the wait is ended from outside. ask waits for slice at
+// most; tell words an outcome, or reports false for one that is nothing. What was given is told even if the wait was ended at
+// the same moment.
+func (c *conn) await(block, slice time.Duration, ask func(ctx context.Context, slice time.Duration) outcome, tell func(o *outcome) bool) {
 	started := time.Now()
+	left := func() time.Duration { return max(block-time.Since(started), 0) }
 	var b *wait
 	defer func() {
 		if b != nil {
@@ -350,39 +166,36 @@ func (c *conn) readParked(op *operation) {
 		}
 	}()
 	for {
-		slice := waitSlice
-		if op.block > 0 {
-			slice = min(slice, max(op.block-time.Since(started), time.Millisecond))
+		most := slice
+		if block > 0 {
+			most = min(most, max(left(), time.Millisecond))
 		}
 		ctx, cancel := context.WithCancel(context.Background())
 		done := make(chan outcome, 1)
-		go func() {
-			reply, err := c.s.backend.Propose(ctx, raft.Proposal{Command: cmd, Wait: slice})
-			done <- outcome{reply, err}
-		}()
-		ended := woken
+		go func() { done <- ask(ctx, most) }()
 		var out outcome
-		if b == nil {
+		waits := b != nil
+		if !waits {
 			soon := time.NewTimer(atOnce)
 			select {
 			case out = <-done:
-				soon.Stop()
-				done = nil
 			case <-soon.C:
-				left := op.block
-				if left > 0 {
+				timeout := block
+				if block > 0 {
 					// The leader's clock ends the wait; this one is for when there is none.
-					left = max(left-time.Since(started), 0) + 100*time.Millisecond
+					timeout = left() + 100*time.Millisecond
 				}
-				b = c.block(&waiter{wake: make(chan struct{}, 1)}, left)
+				b, waits = c.block(timeout), true
 			}
+			soon.Stop()
 		}
-		if done != nil {
+		ended := woken
+		if waits {
 			received := make(chan struct{})
 			go func() {
 				out = <-done
 				close(received)
-				signal(b.w.wake)
+				signal(b.wake)
 			}()
 			if ended = b.next(); ended != woken {
 				cancel()
@@ -390,66 +203,95 @@ func (c *conn) readParked(op *operation) {
 			<-received
 		}
 		cancel()
-		got := out.err == nil && (out.reply.Code != errs.OK || out.reply.Stream != nil && hasEntries(out.reply.Stream.Reads))
 		switch {
-		case got:
-			// What was given is delivered even if the wait was ended at the same moment.
-			if out.reply.Parked {
-				c.w.NullArray()
-				return
-			}
-			wordOutcome(&c.w, op.word, &out.reply.Result, nil)
+		case out.err == nil && tell(&out):
 			return
 		case ended != woken:
 			c.finishWait(ended)
 			return
 		case out.err != nil:
-			wordOutcome(&c.w, op.word, nil, out.err)
+			tell(&out)
 			return
-		case op.block > 0 && time.Since(started) >= op.block:
+		case block > 0 && left() == 0:
 			c.w.NullArray()
 			return
 		}
 	}
 }
 
-// readLines waits for new entries of several streams.
-func (c *conn) readLines(op *operation) {
-	w := &waiter{wake: make(chan struct{}, 1), isGroup: true, group: op.group.Group}
-	for i := range op.group.Streams {
-		w.keys = append(w.keys, op.group.Streams[i].Key)
+// readBlocking answers XREAD BLOCK.
+func (c *conn) readBlocking(op *operation) {
+	defer c.emit()
+	q := *op.query
+	a, err := c.read(&q)
+	if err != nil || a.Stream.HasEntries() {
+		c.wordRead(&a, err, op)
+		return
 	}
-	c.s.waits.enter(w)
-	defer c.s.waits.leave(w)
-	cmd := encode(op)
-	var b *wait
-	started := time.Now()
-	for {
-		ctx, cancel := context.WithTimeout(context.Background(), c.s.limits.RequestTimeout)
-		reply, err := c.s.backend.Propose(ctx, raft.Proposal{Command: cmd})
-		cancel()
-		switch {
-		case err != nil && (b == nil || isRefusal(errs.CodeOf(err))),
-			err == nil && (reply.Code != errs.OK || reply.Stream != nil && hasEntries(reply.Stream.Reads)):
-			if b != nil {
-				b.end()
-			}
-			wordOutcome(&c.w, op.word, &reply.Result, err)
-			return
-		case err != nil:
-			time.AfterFunc(retryPause, func() { signal(w.wake) })
-		}
-		if b == nil {
-			left := op.block
-			if left > 0 {
-				left = max(left-time.Since(started), time.Millisecond)
-			}
-			b = c.block(w, left)
-		}
-		if e := b.next(); e != woken {
-			b.end()
-			c.finishWait(e)
-			return
+	// What "$" and "+" meant when the call was made is what they mean while it waits.
+	for i := range a.Stream.Reads {
+		p := &q.Stream.Streams[i]
+		if p.New || p.Tail {
+			p.ID, p.New, p.Tail = a.Stream.Reads[i].From, false, false
 		}
 	}
+	c.await(op.block, waitSlice, func(ctx context.Context, slice time.Duration) (o outcome) {
+		q := q
+		q.Wait = slice
+		o.answer, o.err = c.s.backend.Query(ctx, q)
+		return o
+	}, func(o *outcome) bool {
+		if o.err == nil && !o.answer.Stream.HasEntries() {
+			return false
+		}
+		c.wordRead(&o.answer, o.err, op)
+		return true
+	})
 }
+
+// readGroup answers XREADGROUP BLOCK with new entries.
+func (c *conn) readGroup(op *operation) {
+	defer c.emit()
+	if !c.settle() {
+		return
+	}
+	slice := waitSlice
+	cmd := encode(op)
+	var claim []byte
+	if op.group.Claim {
+		// Nothing tells when an entry has been idle for long enough: that is looked at now and then.
+		claim = cmd
+		plain := *op.group
+		plain.Claim, plain.ClaimIdle = false, 0
+		cmd = plain.AppendTo(nil)
+		slice = min(max(time.Duration(op.group.ClaimIdle)*time.Millisecond, claimEveryMin), claimEveryMax)
+	}
+	gave := func(r *raft.Reply) bool {
+		return r.Code != errs.OK || r.Stream != nil && hasEntries(r.Stream.Reads)
+	}
+	c.await(op.block, slice, func(ctx context.Context, slice time.Duration) (o outcome) {
+		if claim != nil {
+			if o.reply, o.err = c.s.backend.Propose(ctx, raft.Proposal{Command: claim}); o.err != nil || gave(&o.reply) {
+				return o
+			}
+		}
+		o.reply, o.err = c.s.backend.Propose(ctx, raft.Proposal{Command: cmd, Wait: slice})
+		return o
+	}, func(o *outcome) bool {
+		if o.err == nil && !gave(&o.reply) {
+			return false
+		}
+		if o.err == nil && o.reply.Parked {
+			c.w.NullArray()
+			return true
+		}
+		wordOutcome(&c.w, op.word, &o.reply.Result, o.err)
+		return true
+	})
+}
+
+// claimEveryMin and claimEveryMax bound how often XREADGROUP CLAIM BLOCK looks for entries that have been idle.
+const (
+	claimEveryMin = 50 * time.Millisecond
+	claimEveryMax = time.Second
+)

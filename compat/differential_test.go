@@ -345,7 +345,7 @@ func (g *generator) command() step {
 		{1, func() step {
 			s := step{g.pick("EXPIRE", "PEXPIRE", "EXPIREAT", "PEXPIREAT"), g.key(), g.pick("1000000", "99999999999", "99999999999999", "-5", "0", "x", "9223372036854775807")}
 			if g.chance(30) {
-				s = append(s, g.pick("NX", "XX", "GT", "LT", "BOGUS"))
+				s = append(s, strings.Fields(g.pick("NX", "XX", "GT", "LT", "XX LT", "LT XX", "XX GT", "NX LT", "GT LT", "BOGUS"))...)
 			}
 			return s
 		}},

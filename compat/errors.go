@@ -17,7 +17,7 @@ const errUnknownOutcome = "ERR outcome unknown, retry with IDMP"
 func isRefusal(code errs.Code) bool {
 	switch code {
 	case errs.OK, errs.TopicNotFound, errs.GroupNotFound, errs.MessageNotFound, errs.WrongType, errs.GroupExists, errs.StreamIDTooLow, errs.StreamIDZero,
-		errs.StreamExhausted, errs.StreamIDDeleted, errs.StreamCountTooLow, errs.KeyChanged, errs.ReservedConsumer:
+		errs.StreamExhausted, errs.StreamIDDeleted, errs.StreamCountTooLow, errs.KeyChanged, errs.ReservedConsumer, errs.Conflict:
 		return true
 	}
 	return false

@@ -102,7 +102,13 @@ func (f *fakeBackend) Propose(ctx context.Context, p raft.Proposal) (raft.Reply,
 	}
 }
 
-func (f *fakeBackend) Query(_ context.Context, q engine.Query) (engine.Answer, error) {
+func (f *fakeBackend) Query(ctx context.Context, q engine.Query) (engine.Answer, error) {
+	if q.Wait > 0 {
+		ctx, cancel := context.WithTimeout(ctx, q.Wait)
+		defer cancel()
+		<-ctx.Done()
+		return engine.Answer{Stream: &engine.StreamAnswer{}}, nil
+	}
 	if q.Kind == engine.QueryDocuments {
 		f.mu.Lock()
 		defer f.mu.Unlock()
@@ -126,6 +132,8 @@ func (f *fakeBackend) Query(_ context.Context, q engine.Query) (engine.Answer, e
 func (f *fakeBackend) StaleQuery(q engine.Query) (engine.Answer, error) {
 	return f.Query(context.Background(), q)
 }
+
+func (f *fakeBackend) Secret() []byte { return []byte("a secret of tests") }
 
 func (f *fakeBackend) Watch(_ raft.WatchKind, name string) (<-chan struct{}, func()) {
 	ch := make(chan struct{}, 1)

@@ -135,8 +135,6 @@ func buildExpire(name string, absolute, seconds bool) func(c *conn, a [][]byte) 
 			return c.fail("ERR NX and XX, GT or LT options at the same time are not compatible")
 		case gt && lt:
 			return c.fail("ERR GT and LT options at the same time are not compatible")
-		case xx && lt:
-			return c.fail("ERR XX and LT at the same time are not supported here")
 		}
 		n, ok := c.integer(a[2])
 		if !ok {
@@ -151,6 +149,8 @@ func buildExpire(name string, absolute, seconds bool) func(c *conn, a [][]byte) 
 			cmd.When = engine.IfAbsent
 		case gt: // a key without an expiry never passes GT, so XX adds nothing
 			cmd.When = engine.IfGreater
+		case xx && lt:
+			cmd.When = engine.IfSooner
 		case xx:
 			cmd.When = engine.IfPresent
 		case lt:

@@ -103,6 +103,31 @@ func TestBlocking(t *testing.T) {
 		t.Errorf("an entry was given to a client that had gone: %s", got)
 	}
 
+	// XREAD waits on when its key goes, or becomes another type.
+	step = "XREAD of a key that changes"
+	b.send(strings.Fields("XREAD BLOCK 0 STREAMS z 0")...)
+	blockedNow(1)
+	c.want("SET z 1", "+OK")
+	c.want("DEL z", ":1")
+	c.want("XADD z 1-1 f v", "$3|1-1")
+	if got := b.reply(); got != "*1|*2|$1|z|*1|*2|$3|1-1|*2|$1|f|$1|v" {
+		t.Errorf("%s: %s", step, got)
+	}
+	// A blocked CLAIM takes what becomes idle, and what is new.
+	step = "CLAIM"
+	c.want("XGROUP CREATE z g 0", "+OK")
+	c.do("XREADGROUP", "GROUP", "g", "c1", "STREAMS", "z", ">")
+	got := b.do(strings.Fields("XREADGROUP GROUP g c2 BLOCK 0 CLAIM 50 STREAMS z >")...)
+	if !strings.HasPrefix(got, "*1|*2|$1|z|*1|*4|$3|1-1|*2|$1|f|$1|v|:") || !strings.HasSuffix(got, "|:1") {
+		t.Errorf("%s: %s", step, got)
+	}
+	b.send(strings.Fields("XREADGROUP GROUP g c2 BLOCK 0 CLAIM 3600000 STREAMS z k > >")...)
+	blockedNow(1)
+	c.want("XADD z 1-2 f v", "$3|1-2")
+	if got := b.reply(); got != "*1|*2|$1|z|*1|*4|$3|1-2|*2|$1|f|$1|v|:0|:0" {
+		t.Errorf("%s: %s", step, got)
+	}
+
 	// The group that a read waits for is destroyed.
 	for _, end := range []string{"XGROUP DESTROY k g", "DEL k"} {
 		c.do("XGROUP", "CREATE", "k", "g", "$", "MKSTREAM")

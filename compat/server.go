@@ -107,6 +107,7 @@ func (l *Limits) setDefaults() {
 // A stop has the same steps as the HTTP server's: Drain (blocked reads end as if their time were over), the node's own
 // drain, Shutdown, and the node's Close.
 type Server struct {
+	sealed   atomic.Pointer[sealed]
 	backend  Backend
 	opts     Options
 	log      hclog.Logger
@@ -122,7 +123,6 @@ type Server struct {
 	memory     memory
 	clients    clients
 	bus        bus
-	waits      waitHall
 	blocked    atomic.Int64
 	started    time.Time
 	runID      string
@@ -184,7 +184,6 @@ func New(o Options) (*Server, error) {
 	}
 	s.clients.init()
 	s.bus.init()
-	s.waits.init(s)
 	if o.UsersFrom != "" {
 		s.users.Replace(o.Users, true)
 	}

@@ -9,6 +9,7 @@ import (
 	"tercet.dev/tercet/compat/resp"
 	"tercet.dev/tercet/engine"
 	"tercet.dev/tercet/internal/errs"
+	"tercet.dev/tercet/internal/limits"
 )
 
 // The stream commands: arguments in, engine commands and queries out, and the replies worded. The order in which Valkey
@@ -25,6 +26,8 @@ type trimArgs struct {
 	by         engine.AddID
 	id         engine.StreamID
 	limitGiven bool
+	// delay and retention are in seconds.
+	delay, retention int64
 }
 
 const (
@@ -101,6 +104,19 @@ loop:
 		case xadd && is(opt, "idmpauto") && more >= 1:
 			t.token, t.auto = string(a[i+1]), true
 			i++
+		case xadd && more > 0 && (is(opt, "delay") || is(opt, "retention")):
+			most := secondsOf(limits.DelayMax)
+			into := &t.delay
+			if is(opt, "retention") {
+				most, into = retentionMax, &t.retention
+			}
+			n, ok := resp.ParseInt(a[i+1])
+			if !ok || n < 0 || n > most {
+				c.w.Error("ERR the value of '" + lower(opt) + "' must be a whole number from 0 to " + itoa(most))
+				return t, false
+			}
+			*into = n
+			i++
 		case xadd:
 			if !t.parseAddID(opt) {
 				c.w.Error(errInvalidID)
@@ -171,11 +187,26 @@ func buildXAdd(c *conn, a [][]byte) (operation, bool) {
 		}
 	}
 	c.add = engine.StreamAdd{Key: view(a[1]), By: t.by, ID: t.id, NoCreate: t.noCreate, Trim: t.trim, Token: t.token, Fields: a[fields:]}
+	word := wordFunc(wordAdd)
+	if t.token != "" || t.delay > 0 || t.retention > 0 {
+		switch {
+		case t.delay > 0 && t.by != engine.AddAuto:
+			return c.fail("ERR DELAY needs the ID *")
+		case t.retention > 0 && t.delay > t.retention:
+			return c.fail("ERR DELAY is longer than RETENTION")
+		}
+		s, text := c.s.sealer()
+		if s == nil {
+			return c.fail(text)
+		}
+		word = wordAddOnce(s)
+		c.add.Delay, c.add.Retention = seconds(t.delay), seconds(t.retention)
+	}
 	size := len(a[1]) + len(t.token)
 	for _, f := range a[fields:] {
 		size += len(f) + 5
 	}
-	return operation{command: &c.add, word: wordAdd, size: size}, true
+	return operation{command: &c.add, word: word, size: size}, true
 }
 
 // fieldsToken makes a token of a producer and what it sends.
@@ -448,6 +479,7 @@ type readArgs struct {
 	noAck           bool
 	claim           int64
 	hasClaim        bool
+	total, size     uint64
 	keys, ids       [][]byte
 }
 
@@ -469,6 +501,18 @@ func (c *conn) parseRead(a [][]byte, name string, symbol string) (readArgs, bool
 				return r, false
 			}
 			r.count = max(r.count, 0)
+		case more > 0 && (is(opt, "maxcount") || is(opt, "maxsize")):
+			i++
+			n, ok := resp.ParseInt(a[i])
+			if !ok || n < 1 {
+				c.w.Error("ERR " + strings.ToUpper(string(opt)) + " must be a positive integer")
+				return r, false
+			}
+			if is(opt, "maxcount") {
+				r.total = uint64(n)
+			} else {
+				r.size = uint64(n)
+			}
 		case more > 0 && is(opt, "streams"):
 			rest := a[i+1:]
 			if len(rest)%2 != 0 {
@@ -556,7 +600,7 @@ func buildXRead(c *conn, a [][]byte) (operation, bool) {
 			}
 		}
 	}
-	q := &engine.Query{Kind: engine.QueryStreamRead, Stream: &engine.StreamQuery{Streams: positions, Count: uint64(r.count)}}
+	q := &engine.Query{Kind: engine.QueryStreamRead, Stream: &engine.StreamQuery{Streams: positions, Count: uint64(r.count), Total: r.total, Size: r.size}}
 	return operation{query: q, block: r.block, word: wordRead}, true
 }
 
@@ -642,7 +686,7 @@ func buildXReadGroup(c *conn, a [][]byte) (operation, bool) {
 	if !ok {
 		return operation{}, false
 	}
-	cmd := &engine.StreamReadGroup{Group: string(r.group), Consumer: string(r.consumer), Count: uint64(r.count), NoAck: r.noAck,
+	cmd := &engine.StreamReadGroup{Group: string(r.group), Consumer: string(r.consumer), Count: uint64(r.count), Total: r.total, Size: r.size, NoAck: r.noAck,
 		Claim: r.hasClaim, ClaimIdle: r.claim, Streams: make([]engine.StreamPosition, len(r.keys))}
 	onlyNew := true
 	for i, key := range r.keys {
@@ -671,6 +715,9 @@ func buildXReadGroup(c *conn, a [][]byte) (operation, bool) {
 	size := len(cmd.Group) + len(cmd.Consumer) + 24
 	for i := range cmd.Streams {
 		size += len(cmd.Streams[i].Key) + 24
+	}
+	if len(cmd.Streams) > engine.ParkStreamsMax && onlyNew && r.block >= 0 {
+		return c.fail("ERR a read that waits may name " + itoa(engine.ParkStreamsMax) + " streams")
 	}
 	op := operation{command: cmd, size: size, word: wordReadGroup(cmd), block: noBlock}
 	if onlyNew && r.block >= 0 {

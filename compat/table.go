@@ -51,7 +51,7 @@ var locals = map[string]localFunc{
 
 	"keys": cmdKeys,
 
-	"tercet|help": cmdTercetHelp,
+	"tercet|help": help(tercetHelp...),
 
 	"acl|help": help(
 		"CAT [<category>]", "    List all commands that belong to <category>, or all command categories", "    when no category is specified.",
@@ -120,6 +120,9 @@ var builders = map[string]buildFunc{
 	"xpending": buildXPending, "xgroup|create": buildXGroupCreate, "xgroup|setid": buildXGroupSetID, "xgroup|destroy": buildXGroup(engine.GroupDestroy),
 	"xgroup|createconsumer": buildXGroup(engine.GroupAddConsumer), "xgroup|delconsumer": buildXGroup(engine.GroupDelConsumer),
 	"xinfo|stream": buildXInfoStream, "xinfo|groups": buildXInfoGroups, "xinfo|consumers": buildXInfoConsumers,
+	"tercet|getgroup": buildGetGroup, "tercet|setgroup": buildSetGroup, "tercet|getstream": buildGetStream, "tercet|setstream": buildSetStream,
+	"tercet|parked": buildParked, "tercet|redrive": buildParkedOp(engine.Redrive), "tercet|drop": buildParkedOp(engine.Drop), "tercet|cancel": buildCancel,
+
 	"xdelex": buildXDelEx, "xackdel": buildXAckDel, "xnack": buildXNack,
 
 	"del": buildDel, "unlink": buildDel, "exists": buildExists, "touch": buildExists, "type": buildType,
@@ -156,23 +159,4 @@ func idOf(name string) command.ID {
 		panic(fmt.Sprintf("compat: %s is not in the catalogue", name))
 	}
 	return s.ID
-}
-
-// cmdTercetHelp lists what goes beyond Valkey.
-func cmdTercetHelp(c *conn, _ [][]byte) {
-	lines := []string{
-		"TERCET <subcommand> [<arg> [value] [opt] ...]. Subcommands are:",
-		"HELP", "    Print this help.",
-		"Beyond Valkey, in its own commands:",
-		"XADD <key> IDMP <producer> <id> * ...", "    Add once: a repetition with the same producer and id answers the first entry's ID.",
-		"XADD <key> IDMPAUTO <producer> * ...", "    The same, with an id made of the fields.",
-		"XREADGROUP ... CLAIM <min-idle-ms> ...", "    Take over idle pending entries together with the new ones.",
-		"XNACK <key> <group> SILENT|FAIL|FATAL IDS <n> <id> ... [RETRYCOUNT <n>] [FORCE]", "    Give entries back to the group at once.",
-		"XACKDEL, XDELEX [KEEPREF|DELREF|ACKED] IDS <n> <id> ...", "    Acknowledge and delete, delete with regard to groups.",
-		"CLIENT CAPA stale", "    With READONLY and RESP3: replies from a node that does not lead carry the attribute stale.",
-	}
-	c.w.Array(len(lines))
-	for _, l := range lines {
-		c.w.Simple(l)
-	}
 }

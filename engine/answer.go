@@ -385,6 +385,7 @@ func AppendQuery(b []byte, q *Query) []byte {
 	b = q.Filter.append(b)
 	b = q.Parked.append(b)
 	b = binary.AppendUvarint(b, q.DrainRate)
+	b = appendMillis(b, q.Wait)
 	return q.Stream.append(b)
 }
 
@@ -396,7 +397,7 @@ func DecodeQuery(b []byte) (Query, error) {
 	}
 	q := Query{Kind: QueryKind(r.u8()), Topic: r.str(), Group: r.str(), Max: int(r.upTo(1 << 31)), From: r.uvarint(), After: r.str(),
 		ID: r.messageID(), Deployment: r.str(), Now: r.varint(), Table: r.str(), Key: r.str(), Filter: r.messageFilter(), Parked: r.parkedFilter(),
-		DrainRate: r.uvarint(), Stream: r.streamQuery()}
+		DrainRate: r.uvarint(), Wait: r.duration(), Stream: r.streamQuery()}
 	if err := r.err(); err != nil {
 		return Query{}, err
 	}

@@ -545,10 +545,11 @@ type CommandInfo struct {
 	Topic, Group []byte
 	// Messages is the number of messages of a Publish, 1 for a StreamAdd.
 	Messages int
-	// Max and Park are a Receive's, and those of a StreamReadGroup that may park: one stream, new entries. Topic and
-	// Group are set for both.
-	Max  int
-	Park bool
+	// Max and Park are a Receive's, and those of a StreamReadGroup that may park: new entries alone. Topic, that of the
+	// first stream, and Group are set for both, Others has the other streams.
+	Max    int
+	Park   bool
+	Others []string
 	// Consumer is a StreamReadGroup's, where Topic and Group are set.
 	Consumer []byte
 }
@@ -625,6 +626,9 @@ func WithPark(cmd []byte, park bool) ([]byte, error) {
 	return out, nil
 }
 
+// ParkStreamsMax is how many streams a StreamReadGroup that parks may read.
+const ParkStreamsMax = 1024
+
 // ParkProbe returns what Park needs to know of an encoded Receive or StreamReadGroup, nil if it cannot park.
 func ParkProbe(cmd []byte) *Receive {
 	info, err := Inspect(cmd)
@@ -636,7 +640,7 @@ func ParkProbe(cmd []byte) *Receive {
 			return r
 		}
 	case info.Kind == CmdStreamReadGroup && info.Topic != nil:
-		return &Receive{Topic: string(info.Topic), Group: string(info.Group), Max: info.Max, Park: info.Park, consumer: string(info.Consumer)}
+		return &Receive{Topic: string(info.Topic), Group: string(info.Group), Max: info.Max, Park: info.Park, consumer: string(info.Consumer), others: info.Others}
 	}
 	return nil
 }

@@ -2,8 +2,17 @@ package engine
 
 import "math"
 
+// Refs are the groups that a receive waits for: one, but for a StreamReadGroup of several streams.
+func (r *Receive) Refs() []GroupRef {
+	refs := []GroupRef{{Topic: r.Topic, Group: r.Group, Deployment: r.Deployment}}
+	for _, topic := range r.others {
+		refs = append(refs, GroupRef{Topic: topic, Group: r.Group})
+	}
+	return refs
+}
+
 // Park decides, under the lock that Apply takes, whether a receive would find nothing at now. If the group
-// exists and nothing is deliverable, it calls register, if that is not nil, and reports true: whatever makes
+// exists (each of them, when there are several) and nothing is deliverable, it calls register, if that is not nil, and reports true: whatever makes
 // the group deliverable from then on is reported by the Effects of the Apply that does it. With a nil
 // register it only answers. A receive that does not park, of a group that holds as much as it may, is for Apply
 // to refuse.
@@ -13,7 +22,28 @@ func (e *Engine) Park(r *Receive, now Stamp, register func()) (parked bool, err 
 	if err := e.Err(); err != nil {
 		return false, err
 	}
-	t := e.topics[r.Topic]
+	if ok, err := e.empty(r, r.Topic, now); !ok || err != nil {
+		return false, err
+	}
+	for _, topic := range r.others {
+		if ok, err := e.empty(r, topic, now); !ok || err != nil {
+			return false, err
+		}
+	}
+	if register != nil {
+		register()
+		g := e.topics[r.Topic].groups[r.Group]
+		e.park(g, g.named(r.Deployment))
+		for _, topic := range r.others {
+			e.park(e.topics[topic].groups[r.Group], "")
+		}
+	}
+	return true, nil
+}
+
+// empty reports whether a receive may wait for its group of a topic: the group exists, and nothing is deliverable.
+func (e *Engine) empty(r *Receive, topic string, now Stamp) (bool, error) {
+	t := e.topics[topic]
 	if t == nil || t.groups[r.Group] == nil {
 		return false, nil
 	}
@@ -32,10 +62,6 @@ func (e *Engine) Park(r *Receive, now Stamp, register func()) (parked bool, err 
 		}
 	} else if !r.Park {
 		return false, nil // likewise
-	}
-	if register != nil {
-		register()
-		e.park(g, g.named(r.Deployment))
 	}
 	return true, nil
 }

@@ -87,6 +87,20 @@ func (g *group) park(off uint64, l *lease, now int64) {
 	}
 }
 
+// exhausted reports that a pending entry was delivered as often as the group allows: the next delivery parks it.
+func (g *group) exhausted(l *lease) bool {
+	most := g.settings.MaxDeliveries
+	return most > 0 && l.count-l.base >= most
+}
+
+// exhaust gives a pending entry up at once, whoever has it.
+func (g *group) exhaust(off uint64, l *lease, now int64) {
+	if l.state == released {
+		l.state, l.flags = leased, flagLapsed // as one whose lease is over, which it is
+	}
+	g.park(off, l, now)
+}
+
 // note keeps the last error of an entry, or forgets it. The set's bytes are bounded; what is beyond is dropped.
 func (g *group) note(off uint64, text []byte) {
 	if g.notes == nil && len(text) == 0 {
@@ -137,9 +151,18 @@ func (g *group) parkedFrom(from uint64, now int64, visit func(off uint64, l *lea
 
 // selected returns the parked messages a filter selects, at most limit, and where to go on (0 at the end).
 func (e *Engine) selected(g *group, f *ParkedFilter, from uint64, limit int, now int64) (offs []uint64, next uint64, err error) {
-	if len(f.IDs) > 0 {
+	if len(f.IDs) > 0 || len(f.Streams) > 0 {
 		// Found by ID: the group's list need not be walked.
 		seen := make(map[uint64]bool)
+		take := func(off uint64, l *lease) {
+			if l == nil || seen[off] || off < from || len(offs) == limit || g.topic.removed(off) {
+				return
+			}
+			if v, ok := g.view(off, l, now); ok && v.state == parked && f.matches(g, off, &v, e.wallAt) {
+				seen[off] = true
+				offs = append(offs, off)
+			}
+		}
 		var outlived map[MessageID]uint64
 		for _, id := range f.IDs {
 			off, ok, err := e.offsetOf(g.topic, id, now)
@@ -154,14 +177,15 @@ func (e *Engine) selected(g *group, f *ParkedFilter, from uint64, limit int, now
 			if err != nil {
 				return nil, 0, err
 			}
-			l := g.find(off)
-			if !ok || l == nil || seen[off] || off < from || len(offs) == limit {
-				continue
+			if ok {
+				take(off, g.find(off))
 			}
-			if v, ok := g.view(off, l, now); ok && v.state == parked && f.matches(g, off, &v, e.wallAt) {
-				seen[off] = true
-				offs = append(offs, off)
-			}
+		}
+		for _, id := range f.Streams {
+			take(g.findWith(id, func(off uint64, l *lease) bool {
+				v, ok := g.view(off, l, now)
+				return ok && v.state == parked
+			}))
 		}
 		return offs, 0, nil
 	}
@@ -181,7 +205,7 @@ func (e *Engine) selected(g *group, f *ParkedFilter, from uint64, limit int, now
 
 func (e *Engine) applyParked(r *reader, res *Result) error {
 	c := r.parkedCommand()
-	if r.err() != nil || c.Op != Redrive && c.Op != Drop || c.Max < 1 || len(c.Filter.IDs) > limits.ParkedPerCommandMax {
+	if r.err() != nil || c.Op != Redrive && c.Op != Drop || c.Max < 1 || len(c.Filter.IDs)+len(c.Filter.Streams) > limits.ParkedPerCommandMax {
 		res.Code = errs.BadRequest
 		return nil
 	}

@@ -198,6 +198,9 @@ func (e *Engine) bound(t *topic) (errs.Code, error) {
 				h.retention = uint32(min(int64(s.RetentionDefault/time.Second), math.MaxUint32))
 			}
 		}
+		if h.retention == 0 && s.RetentionDefault > 0 { // an entry of XADD
+			h.retention = uint32(min(int64(s.RetentionDefault/time.Second), math.MaxUint32))
+		}
 		if longest > 0 && (h.retention == 0 || h.retention > longest) {
 			h.retention = longest
 		}

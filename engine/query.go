@@ -1,5 +1,7 @@
 package engine
 
+import "time"
+
 // QueryKind says what a Query asks for.
 type QueryKind uint8
 
@@ -56,6 +58,9 @@ type Query struct {
 	// DrainRate is how many messages the group of a QueryGroup takes in 1000 seconds: the answer then says how
 	// many will expire before they are reached.
 	DrainRate uint64
+	// Wait makes a QueryStreamRead that finds nothing wait this long for something to come, on the node that leads. The
+	// engine does not look at it. A stream that has become another kind of key counts as empty then.
+	Wait time.Duration
 	// Stream is what the stream and key queries need beyond this.
 	Stream *StreamQuery
 }

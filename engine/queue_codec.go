@@ -91,7 +91,7 @@ func (c *TopicSet) AppendTo(b []byte) []byte {
 	b = appendBytes(b, c.Topic)
 	b = append(b, flags(c.Create, c.Settings != nil))
 	if c.Settings != nil {
-		b = c.Settings.append(b)
+		b = binary.AppendUvarint(c.Settings.append(b), uint64(c.Only))
 	}
 	return b
 }
@@ -115,7 +115,7 @@ func (r *reader) topicSet() *TopicSet {
 	c.Create = f&1 != 0
 	if f&2 != 0 {
 		s := r.topicSettings()
-		c.Settings = &s
+		c.Settings, c.Only = &s, r.settingMask()
 	}
 	return c
 }
@@ -143,10 +143,12 @@ func (c *GroupSet) AppendTo(b []byte) []byte {
 		b = c.Start.ID.append(b)
 	}
 	if c.Settings != nil {
-		b = c.Settings.append(b)
+		b = binary.AppendUvarint(c.Settings.append(b), uint64(c.Only))
 	}
 	return b
 }
+
+func (r *reader) settingMask() SettingMask { return SettingMask(r.upTo(1<<settingMasks - 1)) }
 
 func (s *GroupSettings) append(b []byte) []byte {
 	b = append(b, flags(s.Paused, s.Park))
@@ -183,7 +185,7 @@ func (r *reader) groupSet() *GroupSet {
 	}
 	if f&4 != 0 {
 		s := r.groupSettings()
-		c.Settings = &s
+		c.Settings, c.Only = &s, r.settingMask()
 	}
 	return c
 }
@@ -207,13 +209,14 @@ func (c *Parked) AppendTo(b []byte) []byte {
 
 func (f *ParkedFilter) append(b []byte) []byte {
 	b = appendIDs(b, f.IDs)
+	b = appendStreamIDs(b, f.Streams)
 	b = appendBytes(b, f.Error)
 	b = appendVarint(b, f.Since)
 	return appendVarint(b, f.Until)
 }
 
 func (r *reader) parkedFilter() ParkedFilter {
-	return ParkedFilter{IDs: r.ids(), Error: r.str(), Since: r.varint(), Until: r.varint()}
+	return ParkedFilter{IDs: r.ids(), Streams: r.streamIDs(), Error: r.str(), Since: r.varint(), Until: r.varint()}
 }
 
 func (r *reader) parkedCommand() *Parked {

@@ -48,15 +48,37 @@ type TopicSet struct {
 	Topic    string
 	Create   bool
 	Settings *TopicSettings
+	// Only, if not 0, names the settings that are replaced; the others stay.
+	Only SettingMask
 }
+
+// SettingMask names settings of a topic or group.
+type SettingMask uint16
+
+// The settings that can be set one by one. The first is both a topic's and a group's.
+const (
+	OnlyPaused SettingMask = 1 << iota
+	OnlyRetentionDefault
+	OnlyRetentionMax
+	OnlyMessageBytesMax
+	OnlyDepthMax
+	OnlyMaxDeliveries
+	OnlyPark
+	OnlyParkedRetention
+	OnlyInitialDelay
+	OnlyMaxConcurrency
+	OnlyVisibility
+
+	settingMasks = iota
+)
 
 // TopicSettings are what an operator says about a topic. The zero value of a field leaves the limit of the
 // cluster in force.
 type TopicSettings struct {
 	// Paused stops all deliveries of the topic; publishes go on.
 	Paused bool
-	// RetentionDefault is the retention of messages that ask for the default; RetentionMax cuts longer ones.
-	// Whole seconds.
+	// RetentionDefault is the retention of messages that ask for the default, and of entries that XADD gives none;
+	// RetentionMax cuts longer ones. Whole seconds.
 	RetentionDefault, RetentionMax time.Duration
 	// MessageBytesMax bounds a message's body.
 	MessageBytesMax int64
@@ -106,8 +128,9 @@ type GroupSet struct {
 	// from Start on is delivered anew. Parked messages stay parked.
 	Seek  bool
 	Start Start
-	// Settings replace the group's, if not nil.
+	// Settings replace the group's, if not nil; Only, if not 0, names those that are replaced.
 	Settings *GroupSettings
+	Only     SettingMask
 }
 
 // GroupSettings are what an operator says about a group.
@@ -131,7 +154,7 @@ type GroupSettings struct {
 	NotBefore int64
 	// MaxConcurrency bounds the group's messages under lease beside what a receive asks for; 0 is no bound.
 	MaxConcurrency int
-	// Visibility is the pending time-out of what XREADGROUP gives; 0 is none.
+	// Visibility is the pending time-out of what XREADGROUP gives and XCLAIM takes over; 0 is none.
 	Visibility time.Duration
 	// Deployment is the partition of receives that name none.
 	Deployment string
@@ -169,6 +192,8 @@ type Parked struct {
 // ParkedFilter selects parked messages; all conditions that are set have to hold.
 type ParkedFilter struct {
 	IDs []MessageID
+	// Streams are IDs as Valkey knows them; what either list has is selected.
+	Streams []StreamID
 	// Error is a part of the last error.
 	Error string
 	// Since and Until bound the time of parking, Unix ms, Until exclusively; 0 is no bound.

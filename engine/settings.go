@@ -52,12 +52,19 @@ func (g *group) held(b *block, i uint32) int64 {
 
 func (e *Engine) applyTopicSet(r *reader, res *Result) {
 	c := r.topicSet()
+	t := e.topics[c.Topic]
 	s := c.Settings
+	if s != nil && c.Only != 0 {
+		old := TopicSettings{}
+		if t != nil {
+			old = t.settings
+		}
+		s = s.over(old, c.Only)
+	}
 	if r.err() != nil || s != nil && (s.RetentionDefault%time.Second != 0 || s.RetentionMax%time.Second != 0 || s.RetentionMax > 0 && s.RetentionDefault > s.RetentionMax) {
 		res.Code = errs.BadRequest
 		return
 	}
-	t := e.topics[c.Topic]
 	if t == nil {
 		if !c.Create {
 			res.Code = errs.TopicNotFound
@@ -74,6 +81,52 @@ func (e *Engine) applyTopicSet(r *reader, res *Result) {
 			e.look(g)
 		}
 	}
+}
+
+// over returns old with the settings that only names taken from s.
+func (s *TopicSettings) over(old TopicSettings, only SettingMask) *TopicSettings {
+	if only&OnlyPaused != 0 {
+		old.Paused = s.Paused
+	}
+	if only&OnlyRetentionDefault != 0 {
+		old.RetentionDefault = s.RetentionDefault
+	}
+	if only&OnlyRetentionMax != 0 {
+		old.RetentionMax = s.RetentionMax
+	}
+	if only&OnlyMessageBytesMax != 0 {
+		old.MessageBytesMax = s.MessageBytesMax
+	}
+	if only&OnlyDepthMax != 0 {
+		old.DepthMax = s.DepthMax
+	}
+	return &old
+}
+
+// over returns old with the settings that only names taken from s.
+func (s *GroupSettings) over(old GroupSettings, only SettingMask) *GroupSettings {
+	if only&OnlyPaused != 0 {
+		old.Paused = s.Paused
+	}
+	if only&OnlyMaxDeliveries != 0 {
+		old.MaxDeliveries = s.MaxDeliveries
+	}
+	if only&OnlyPark != 0 {
+		old.Park = s.Park
+	}
+	if only&OnlyParkedRetention != 0 {
+		old.ParkedRetention = s.ParkedRetention
+	}
+	if only&OnlyInitialDelay != 0 {
+		old.InitialDelay = s.InitialDelay
+	}
+	if only&OnlyMaxConcurrency != 0 {
+		old.MaxConcurrency = s.MaxConcurrency
+	}
+	if only&OnlyVisibility != 0 {
+		old.Visibility = s.Visibility
+	}
+	return &old
 }
 
 func (e *Engine) applyTopicDelete(r *reader, res *Result) {
@@ -247,12 +300,16 @@ func (e *Engine) applyGroupSet(r *reader, res *Result) error {
 		g.rebuild()
 	}
 	if c.Settings != nil {
-		if code, err := e.exclude(g, c.Settings); code != errs.OK || err != nil {
+		s := c.Settings
+		if c.Only != 0 {
+			s = s.over(g.settings, c.Only)
+		}
+		if code, err := e.exclude(g, s); code != errs.OK || err != nil {
 			res.Code = code
 			return err
 		}
 		e.announce(g) // which deployment a receive waits for may be another from here on: it is told under the old one
-		g.set(c.Settings, now)
+		g.set(s, now)
 	}
 	g.dirty = true
 	e.look(g)

@@ -85,8 +85,6 @@ func (e *Engine) applyStreamAdd(in *reader, end uint32, res *Result) error {
 		res.Code = errs.StreamIDZero
 	case rec.flags&(recordDeployment|recordDefault) != 0 || v.by != AddAuto && rec.flags&(recordKey|recordDelay) != 0:
 		res.Code = errs.BadRequest
-	case v.trim.Refs != KeepRef:
-		res.Code = errs.Unsupported
 	case len(rec.body) > limits.MessageBytesMax:
 		res.Code = errs.MessageTooLarge
 	}
@@ -199,10 +197,94 @@ func (e *Engine) trim(t *topic, c *Trim) (uint64, error) {
 	if err != nil {
 		return 0, err
 	}
-	t.removeBelow(to)
+	switch c.Refs {
+	case Acked:
+		if n, err = e.trimAcked(t, to, now); n == 0 || err != nil {
+			return 0, err
+		}
+	case DelRef:
+		e.dropRefs(t, to)
+		t.removeBelow(to)
+	default:
+		t.removeBelow(to)
+	}
 	t.changed, t.dirty = e.index, true
 	e.dirtRough.Add(64)
 	return n, nil
+}
+
+// ackedLooks bounds the entries that one trimming with ACKED looks at: what the groups hold is looked at each time.
+const ackedLooks = 10_000
+
+// trimAcked removes the entries below an offset that no group needs any more.
+func (e *Engine) trimAcked(t *topic, to uint64, now int64) (n uint64, err error) {
+	for _, g := range t.byInc {
+		to = min(to, g.next) // what a group was not given it needs
+	}
+	incs := sortedKeys(t.byInc)
+	var b *block
+	var i uint32
+	off := t.first
+	for range ackedLooks {
+		if b, i, err = e.firstLive(t, b, off, now, false); b == nil || err != nil {
+			return n, err
+		}
+		off = b.base + uint64(i)
+		if off >= to {
+			return n, nil
+		}
+		if !t.needed(incs, off, now) {
+			t.mark(off)
+			t.noteDead(b)
+			n++
+		}
+		off++
+	}
+	return n, nil
+}
+
+// needed reports whether a group has not been given an entry, or not acknowledged it. incs are the topic's groups.
+func (t *topic) needed(incs []uint64, off uint64, now int64) bool {
+	for _, inc := range incs {
+		g := t.byInc[inc]
+		l := g.find(off)
+		if l == nil {
+			if off >= g.next {
+				return true
+			}
+			continue
+		}
+		if v, ok := g.view(off, l, now); ok && v.state != settledAhead {
+			return true
+		}
+	}
+	return false
+}
+
+// dropRefs takes the entries below an offset that still exist out of the sets of all groups.
+func (e *Engine) dropRefs(t *topic, to uint64) {
+	for _, inc := range sortedKeys(t.byInc) {
+		g := t.byInc[inc]
+		var offs []uint64
+		for _, key := range g.order {
+			if key > to>>chunkShift {
+				break
+			}
+			for i := range g.chunks[key].slots {
+				l := &g.chunks[key].slots[i]
+				if off := key<<chunkShift | uint64(l.low); l.state != slotFree && off < to && !t.removed(off) {
+					offs = append(offs, off)
+				}
+			}
+		}
+		for _, off := range offs {
+			g.remove(off, g.find(off))
+		}
+		e.dirtRough.Add(int64(24 * len(offs)))
+		if g.parked {
+			e.look(g)
+		}
+	}
 }
 
 func (e *Engine) applyStreamTrim(c *StreamTrim, res *Result) error {
@@ -211,10 +293,6 @@ func (e *Engine) applyStreamTrim(c *StreamTrim, res *Result) error {
 		if code == errs.WrongType {
 			res.Code = code
 		}
-		return nil
-	}
-	if c.Trim.Refs != KeepRef {
-		res.Code = errs.Unsupported
 		return nil
 	}
 	n, err := e.trim(t, &c.Trim)
@@ -257,13 +335,8 @@ func (e *Engine) deleteEntry(t *topic, id StreamID, refs RefPolicy) (int8, error
 		return StatusNotFound, err
 	}
 	off := b.base + uint64(i)
-	if refs == Acked {
-		for _, inc := range sortedKeys(t.byInc) {
-			g := t.byInc[inc]
-			if l := g.find(off); off >= g.next && (l == nil || l.state != settledAhead) || l != nil && g.pends(l, now) {
-				return StatusKept, nil
-			}
-		}
+	if refs == Acked && t.needed(sortedKeys(t.byInc), off, now) {
+		return StatusKept, nil
 	}
 	if refs == DelRef {
 		for _, inc := range sortedKeys(t.byInc) {
@@ -441,7 +514,10 @@ func (c *consumer) gotSome(g *group, wall int64) {
 }
 
 // answerRoom is how many bytes of entries one command gives.
-type answerRoom struct{ left int64 }
+type answerRoom struct {
+	left  int64
+	given bool // something was
+}
 
 // take reports whether an entry of that size is still given: the first always is.
 func (a *answerRoom) take(size uint64, first bool) bool {
@@ -449,6 +525,7 @@ func (a *answerRoom) take(size uint64, first bool) bool {
 		return false
 	}
 	a.left -= int64(size)
+	a.given = true
 	return true
 }
 
@@ -481,7 +558,14 @@ func (e *Engine) applyStreamReadGroup(c *StreamReadGroup, res *Result) error {
 		res.Code = errs.ReservedConsumer
 		return nil
 	}
-	room := answerRoom{answerBytes}
+	room := answerRoom{left: answerBytes}
+	if c.Size > 0 {
+		room.left = min(room.left, int64(min(c.Size, answerBytes)))
+	}
+	total := c.Total
+	if total == 0 {
+		total = math.MaxUint64
+	}
 	out := &StreamResult{}
 	full := false
 	for i := range c.Streams {
@@ -493,21 +577,26 @@ func (e *Engine) applyStreamReadGroup(c *StreamReadGroup, res *Result) error {
 		}
 		e.fold(g)
 		read := StreamRead{Key: p.Key, From: p.ID}
+		count := total
+		if c.Count > 0 {
+			count = min(count, c.Count)
+		}
 		var err error
-		if p.New || p.ID == StreamIDMax {
+		if read.fresh = p.New || p.ID == StreamIDMax; read.fresh {
 			var limited bool
-			limited, err = e.readNew(g, k, c, &read, &room)
+			limited, err = e.readNew(g, k, c, count, &read, &room)
 			full = full || limited
 			if len(read.Entries) > 0 {
 				out.Reads = append(out.Reads, read)
 			}
 		} else {
-			err = e.readHistory(g, k, c, &read, &room)
+			err = e.readHistory(g, k, count, &read, &room)
 			out.Reads = append(out.Reads, read)
 		}
 		if err != nil {
 			return err
 		}
+		total -= uint64(len(read.Entries))
 		if g.parked {
 			e.look(g)
 		}
@@ -521,7 +610,9 @@ func (e *Engine) applyStreamReadGroup(c *StreamReadGroup, res *Result) error {
 	}
 	if c.Park {
 		res.Parked = true
-		e.park(groups[0], "")
+		for _, g := range groups {
+			e.park(g, "")
+		}
 	}
 	return nil
 }
@@ -572,13 +663,9 @@ func (e *Engine) readBehind(g *group, k *consumer, c *StreamReadGroup, count uin
 
 // readNew gives a consumer entries that the group was not given, then those that have become due again. It reports
 // whether the group's set was too full for more.
-func (e *Engine) readNew(g *group, k *consumer, c *StreamReadGroup, read *StreamRead, room *answerRoom) (limited bool, err error) {
+func (e *Engine) readNew(g *group, k *consumer, c *StreamReadGroup, count uint64, read *StreamRead, room *answerRoom) (limited bool, err error) {
 	t, now := g.topic, e.stamp.Cluster
-	count := c.Count
-	if count == 0 {
-		count = math.MaxUint64
-	}
-	if c.Claim {
+	if c.Claim && count > 0 {
 		if err := e.readIdle(g, k, c.ClaimIdle, count, read, room); err != nil {
 			return false, err
 		}
@@ -632,7 +719,7 @@ func (e *Engine) readNew(g *group, k *consumer, c *StreamReadGroup, read *Stream
 				limited = true
 				break
 			}
-			if !room.take(b.sizeOf(i), len(read.Entries) == 0) {
+			if !room.take(b.sizeOf(i), !room.given) {
 				read.Cut = true
 				return false, nil
 			}
@@ -668,7 +755,7 @@ func (e *Engine) readNew(g *group, k *consumer, c *StreamReadGroup, read *Stream
 		if err != nil {
 			return false, err
 		}
-		if !room.take(l.sizeIn(b, i), len(read.Entries) == 0) {
+		if !room.take(l.sizeIn(b, i), !room.given) {
 			read.Cut = true
 			break
 		}
@@ -698,15 +785,19 @@ func (e *Engine) readIdle(g *group, k *consumer, idle int64, count uint64, read 
 		return uint64(len(offs)) < count
 	})
 	for _, off := range offs {
+		l := g.find(off)
+		if g.exhausted(l) {
+			g.exhaust(off, l, now)
+			continue
+		}
 		b, i, err := e.blockAt(t, nil, off)
 		if err != nil {
 			return err
 		}
-		if !room.take(g.find(off).sizeIn(b, i), len(read.Entries) == 0) {
+		if !room.take(l.sizeIn(b, i), !room.given) {
 			read.Cut = true
 			break
 		}
-		l := g.find(off)
 		s := e.streamEntry(b, i)
 		s.Claimed, s.Idle, s.Count = true, now-l.granted, uint64(l.count)
 		read.Entries = append(read.Entries, s)
@@ -718,15 +809,11 @@ func (e *Engine) readIdle(g *group, k *consumer, idle int64, count uint64, read 
 }
 
 // readHistory gives a consumer its own pending entries above an ID once more.
-func (e *Engine) readHistory(g *group, k *consumer, c *StreamReadGroup, read *StreamRead, room *answerRoom) error {
+func (e *Engine) readHistory(g *group, k *consumer, count uint64, read *StreamRead, room *answerRoom) error {
 	t, now := g.topic, e.stamp.Cluster
 	from, ok := StreamID.Next(read.From)
-	if !ok || k.pending == 0 {
+	if !ok || k.pending == 0 || count == 0 {
 		return nil
-	}
-	count := c.Count
-	if count == 0 {
-		count = math.MaxUint64
 	}
 	var hint *block
 	var failed error
@@ -743,7 +830,7 @@ func (e *Engine) readHistory(g *group, k *consumer, c *StreamReadGroup, read *St
 			return false
 		}
 		hint = b
-		if !room.take(l.sizeIn(b, i), len(read.Entries) == 0) {
+		if !room.take(l.sizeIn(b, i), !room.given) {
 			read.Cut = true
 			return false
 		}
@@ -809,11 +896,17 @@ func (e *Engine) applyStreamAck(c *StreamAck, res *Result) error {
 	return nil
 }
 
-// claim gives one pending entry, or with force any that exists, to a consumer. It reports whether it did, and whether
-// the entry was found to be gone from the stream.
+// claim gives one pending entry, or with force any that exists, to a consumer, and reports whether it did. What was
+// delivered as often as the group allows is parked instead, unless the claim is no delivery or says what the count is.
 func (e *Engine) claim(g *group, k *consumer, off uint64, l *lease, minIdle, granted int64, retry int64, justID bool, room *answerRoom, out *[]StreamEntry) (ok bool, err error) {
 	now := e.stamp.Cluster
 	if l.heldByHTTP(now) || now-l.granted < minIdle {
+		return false, nil
+	}
+	if !justID && retry < 0 && g.exhausted(l) {
+		g.exhaust(off, l, now)
+		g.dirty = true
+		e.dirtRough.Add(48)
 		return false, nil
 	}
 	s := StreamEntry{ID: l.stream}
@@ -867,7 +960,7 @@ func (e *Engine) applyStreamClaim(c *StreamClaim, res *Result) error {
 		}
 	}
 	res.Stream = &StreamResult{}
-	room := answerRoom{answerBytes}
+	room := answerRoom{left: answerBytes}
 	for _, id := range c.IDs {
 		if room.left <= 0 {
 			break
@@ -949,7 +1042,7 @@ func (e *Engine) applyStreamAutoClaim(c *StreamAutoClaim, res *Result) error {
 		out.Deleted = append(out.Deleted, it.id)
 		g.drop(it.off, g.find(it.off))
 	}
-	room := answerRoom{answerBytes}
+	room := answerRoom{left: answerBytes}
 	for n, it := range claims {
 		if n > 0 && room.left <= 0 {
 			out.Next = it.id
@@ -1003,8 +1096,12 @@ func (e *Engine) applyStreamNack(c *StreamNack, res *Result) error {
 		case c.Mode == NackFatal:
 			count = math.MaxUint32
 		}
-		g.giveBack(off, l, now, count)
 		res.Count++
+		if l.count, l.base = count, min(l.base, count); g.exhausted(l) {
+			g.exhaust(off, l, now)
+			continue
+		}
+		g.giveBack(off, l, now, count)
 	}
 	e.dirtRough.Add(48 * res.Count)
 	if g.parked {

@@ -233,6 +233,8 @@ func (c *StreamReadGroup) AppendTo(b []byte) []byte {
 	b = appendBytes(b, c.Consumer)
 	b = appendPositions(b, c.Streams)
 	b = binary.AppendUvarint(b, c.Count)
+	b = binary.AppendUvarint(b, c.Total)
+	b = binary.AppendUvarint(b, c.Size)
 	b = appendVarint(b, c.ClaimIdle)
 	return append(b, bit(c.NoAck, 1)|bit(c.Park, 2)|bit(c.Claim, 4))
 }
@@ -421,7 +423,11 @@ func (r *reader) execItem() execItem {
 
 // execAllows reports whether a command of that kind may be part of a transaction.
 func execAllows(k Kind) bool {
-	return k >= cmdStreamFirst && k <= cmdStreamLast && k != CmdExec || k == CmdPublish
+	switch k {
+	case CmdPublish, CmdTopicSet, CmdGroupSet, CmdParked, CmdDelayed:
+		return true
+	}
+	return k >= cmdStreamFirst && k <= cmdStreamLast && k != CmdExec
 }
 
 // decodeStream decodes the body of a stream command.
@@ -454,7 +460,7 @@ func decodeStream(k Kind, r *reader) (Command, error) {
 		}
 		c = g
 	case CmdStreamReadGroup:
-		g := &StreamReadGroup{Group: r.str(), Consumer: r.str(), Streams: r.positions(), Count: r.uvarint(), ClaimIdle: r.varint()}
+		g := &StreamReadGroup{Group: r.str(), Consumer: r.str(), Streams: r.positions(), Count: r.uvarint(), Total: r.uvarint(), Size: r.uvarint(), ClaimIdle: r.varint()}
 		f := r.flags(3)
 		g.NoAck, g.Park, g.Claim = f&1 != 0, f&2 != 0, f&4 != 0
 		if len(g.Streams) == 0 || g.Park && !g.parks() {
@@ -484,7 +490,7 @@ func decodeStream(k Kind, r *reader) (Command, error) {
 	case CmdKeyCopy:
 		c = &KeyCopy{From: r.str(), To: r.str(), Replace: r.bool()}
 	case CmdKeyExpire:
-		c = &KeyExpire{Key: r.str(), By: r.deadline(), When: r.when(IfLess)}
+		c = &KeyExpire{Key: r.str(), By: r.deadline(), When: r.when(IfSooner)}
 	case CmdStringSet:
 		s := &StringSet{Key: r.str(), By: r.deadline()}
 		f := r.flags(2)
@@ -531,8 +537,30 @@ func (it *execItem) decode() (ExecOp, error) {
 	return ExecOp{Command: c}, err
 }
 
-// parks reports whether a read can wait in the parking lot: one stream, new entries.
-func (c *StreamReadGroup) parks() bool { return len(c.Streams) == 1 && c.Streams[0].New && !c.Claim }
+// parks reports whether a read can wait in the parking lot: for new entries alone, of no more streams than a node keeps
+// an eye on for one read.
+func (c *StreamReadGroup) parks() bool {
+	if len(c.Streams) == 0 || len(c.Streams) > ParkStreamsMax || c.Claim {
+		return false
+	}
+	for i := range c.Streams {
+		if !c.Streams[i].New {
+			return false
+		}
+	}
+	return true
+}
+
+// others are the streams of a read beside the first, without those that are named twice.
+func (c *StreamReadGroup) others() []string {
+	var out []string
+	for i := range c.Streams[1:] {
+		if key := c.Streams[i+1].Key; key != c.Streams[0].Key && !slices.Contains(out, key) {
+			out = append(out, key)
+		}
+	}
+	return out
+}
 
 // inspectStream is Inspect's part for stream commands.
 func inspectStream(k Kind, r *reader, info *CommandInfo) error {
@@ -558,7 +586,7 @@ func inspectStream(k Kind, r *reader, info *CommandInfo) error {
 	}
 	if g, ok := c.(*StreamReadGroup); ok && g.parks() {
 		info.Topic, info.Group, info.Consumer = []byte(g.Streams[0].Key), []byte(g.Group), []byte(g.Consumer)
-		info.Max, info.Park = int(min(g.Count, 1<<20)), g.Park
+		info.Max, info.Park, info.Others = int(min(g.Count, 1<<20)), g.Park, g.others()
 	}
 	return nil
 }
@@ -794,6 +822,8 @@ func (q *StreamQuery) append(b []byte) []byte {
 	b = q.Start.append(b)
 	b = q.End.append(b)
 	b = binary.AppendUvarint(b, q.Count)
+	b = binary.AppendUvarint(b, q.Total)
+	b = binary.AppendUvarint(b, q.Size)
 	b = appendVarint(b, q.MinIdle)
 	b = appendPositions(b, q.Streams)
 	b = appendStrings(b, q.Keys)
@@ -807,7 +837,7 @@ func (r *reader) streamQuery() *StreamQuery {
 		return nil
 	}
 	f := r.flags(2)
-	return &StreamQuery{Reverse: f&1 != 0, Full: f&2 != 0, Consumer: r.str(), Start: r.streamID(), End: r.streamID(), Count: r.uvarint(), MinIdle: r.varint(),
+	return &StreamQuery{Reverse: f&1 != 0, Full: f&2 != 0, Consumer: r.str(), Start: r.streamID(), End: r.streamID(), Count: r.uvarint(), Total: r.uvarint(), Size: r.uvarint(), MinIdle: r.varint(),
 		Streams: r.positions(), Keys: r.strings(), Cursor: r.uvarint(), Match: r.str(), Type: r.str()}
 }
 
@@ -850,6 +880,14 @@ func (a *StreamAnswer) append(b []byte) []byte {
 	if a.Value != nil {
 		b = appendBytes(b, a.Value)
 	}
+	entries := make([]StreamEntry, 0, len(a.Parked))
+	for i := range a.Parked {
+		entries = append(entries, a.Parked[i].Entry)
+	}
+	b = appendStreamEntries(b, entries)
+	for i := range a.Parked {
+		b = appendBytes(b, a.Parked[i].Error)
+	}
 	return b
 }
 
@@ -871,6 +909,9 @@ func (r *reader) streamAnswer() *StreamAnswer {
 	a.Next = r.uvarint()
 	if f&answerValue != 0 {
 		a.Value = append([]byte{}, r.bytes()...)
+	}
+	for _, e := range r.streamEntries() {
+		a.Parked = append(a.Parked, ParkedEntry{Entry: e, Error: r.str()})
 	}
 	return a
 }

@@ -29,7 +29,7 @@ func sampleStreamCommands() map[string]Command {
 		"xsetid":       &StreamSetID{Key: "s", ID: id(9, 9), EntriesAdded: -1, MaxDeleted: id(8, 8)},
 		"xgroup":       &StreamGroup{Op: GroupCreate, Key: "s", Group: "g", ID: id(1, 0), Last: true, Create: true, EntriesRead: 5},
 		"delconsumer":  &StreamGroup{Op: GroupDelConsumer, Key: "s", Group: "g", Consumer: "c", EntriesRead: -1},
-		"xreadgroup":   &StreamReadGroup{Group: "g", Consumer: "c", Streams: []StreamPosition{{Key: "s", New: true}, {Key: "t", ID: id(5, 6)}}, Count: 10, NoAck: true, Claim: true, ClaimIdle: 60000},
+		"xreadgroup":   &StreamReadGroup{Group: "g", Consumer: "c", Streams: []StreamPosition{{Key: "s", New: true}, {Key: "t", ID: id(5, 6)}}, Count: 10, Total: 20, Size: 1 << 20, NoAck: true, Claim: true, ClaimIdle: 60000},
 		"xreadgroup >": &StreamReadGroup{Group: "g", Consumer: "c", Streams: []StreamPosition{{Key: "s", New: true}}, Park: true},
 		"xack":         &StreamAck{Key: "s", Group: "g", IDs: []StreamID{id(1, 1)}},
 		"xackdel":      &StreamAck{Key: "s", Group: "g", IDs: []StreamID{id(1, 1)}, Delete: true, Refs: Acked},
@@ -62,7 +62,7 @@ func sampleStreamResults() map[string]Result {
 }
 
 func sampleStreamQuery() *StreamQuery {
-	return &StreamQuery{Consumer: "c", Start: StreamID{1, 2}, End: StreamIDMax, Reverse: true, Count: 3, MinIdle: 4, Full: true,
+	return &StreamQuery{Consumer: "c", Start: StreamID{1, 2}, End: StreamIDMax, Reverse: true, Count: 3, Total: 9, Size: 10, MinIdle: 4, Full: true,
 		Streams: []StreamPosition{{Key: "s", Tail: true}, {Key: "t", ID: StreamID{5, 6}}}, Keys: []string{"a"}, Cursor: 7, Match: "a*", Type: "stream"}
 }
 
@@ -76,6 +76,7 @@ func sampleStreamAnswer() *StreamAnswer {
 			Groups: []StreamGroupInfo{{Name: "g", LastDelivered: StreamID{1, 2}, EntriesRead: -1, Lag: 3, Pending: 4, ConsumerCount: 1, Entries: p, Consumers: cs}}},
 		Pending: &PendingInfo{Total: 1, Min: StreamID{1, 2}, Max: StreamID{3, 4}, Consumers: cs, Entries: p},
 		Keys:    []KeyInfo{{Name: "k", Type: KeyString, TTL: -1, ExpiresAt: 5, Version: 6}}, Next: 7, Value: []byte("v"),
+		Parked: []ParkedEntry{{Entry: StreamEntry{ID: StreamID{1, 1}, Claimed: true, Idle: 2, Count: 3}, Error: "x"}},
 	}
 }
 
@@ -110,8 +111,10 @@ func TestStreamCodec(t *testing.T) {
 	for _, c := range []Command{
 		&Exec{Ops: []ExecOp{{Command: &Exec{}}}},
 		&Exec{Ops: []ExecOp{{Command: &Tick{}}}},
+		&GroupSet{Settings: &GroupSettings{}, Only: 1 << settingMasks},
 		&Exec{Ops: []ExecOp{{Command: &StreamReadGroup{Streams: []StreamPosition{{New: true}}, Park: true}}}},
-		&StreamReadGroup{Streams: []StreamPosition{{New: true}, {New: true}}, Park: true},
+		&StreamReadGroup{Streams: []StreamPosition{{New: true}, {}}, Park: true},
+		&StreamReadGroup{Streams: []StreamPosition{{New: true}}, Claim: true, Park: true},
 		&StreamReadGroup{Streams: []StreamPosition{{}}, Park: true},
 		&StreamReadGroup{},
 		&StreamAdd{By: 3, Fields: fieldsOf()},
@@ -120,7 +123,7 @@ func TestStreamCodec(t *testing.T) {
 		&StreamDelete{Refs: 3},
 		&StreamGroup{Op: 6},
 		&StreamNack{Mode: 3},
-		&KeyExpire{When: 5},
+		&KeyExpire{When: 6},
 		&StringSet{When: IfGreater},
 	} {
 		if _, err := Inspect(c.AppendTo(nil)); err == nil {
@@ -146,8 +149,15 @@ func TestWithParkStream(t *testing.T) {
 	if b, err = WithPark(b, false); err != nil || !reflect.DeepEqual(b, c.AppendTo(nil)) {
 		t.Errorf("cleared: %x, %v", b, err)
 	}
-	c.Streams = append(c.Streams, StreamPosition{Key: "t", New: true})
+	c.Streams = append(c.Streams, StreamPosition{Key: "t", New: true}, StreamPosition{Key: "s", New: true})
+	if b, err = WithPark(c.AppendTo(nil), true); err != nil {
+		t.Fatal(err)
+	}
+	if refs := ParkProbe(b).Refs(); !reflect.DeepEqual(refs, []GroupRef{{Topic: "s", Group: "g"}, {Topic: "t", Group: "g"}}) {
+		t.Errorf("waits for %v", refs)
+	}
+	c.Streams[2].New = false
 	if _, err := WithPark(c.AppendTo(nil), true); err == nil || ParkProbe(c.AppendTo(nil)) != nil {
-		t.Error("a read of two streams parks")
+		t.Error("a read of a consumer's own entries parks")
 	}
 }

@@ -186,14 +186,19 @@ func (g *group) dropChunk(key uint64) {
 
 // findID returns the pending entry with that ID, nil if there is none.
 func (g *group) findID(id StreamID, now int64) (uint64, *lease) {
+	return g.findWith(id, func(_ uint64, l *lease) bool { return g.pends(l, now) })
+}
+
+// findWith returns the entry of the set with that ID that is as wanted, nil if there is none.
+func (g *group) findWith(id StreamID, wanted func(off uint64, l *lease) bool) (uint64, *lease) {
 	k := sort.Search(len(g.order), func(i int) bool { return id.less(g.chunks[g.order[i]].slots[0].stream) }) - 1
 	if k >= 0 {
 		key := g.order[k]
 		s := g.chunks[key].slots
 		i := sort.Search(len(s), func(i int) bool { return !s[i].stream.less(id) })
 		for ; i < len(s) && s[i].stream == id; i++ {
-			if g.pends(&s[i], now) {
-				return key<<chunkShift | uint64(s[i].low), &s[i]
+			if off := key<<chunkShift | uint64(s[i].low); s[i].state != slotFree && wanted(off, &s[i]) {
+				return off, &s[i]
 			}
 		}
 	}
@@ -201,8 +206,8 @@ func (g *group) findID(id StreamID, now int64) (uint64, *lease) {
 		for _, key := range g.order {
 			s := g.chunks[key].slots
 			for i := range s {
-				if s[i].stream == id && g.pends(&s[i], now) {
-					return key<<chunkShift | uint64(s[i].low), &s[i]
+				if off := key<<chunkShift | uint64(s[i].low); s[i].stream == id && s[i].state != slotFree && wanted(off, &s[i]) {
+					return off, &s[i]
 				}
 			}
 		}
@@ -261,7 +266,8 @@ func (g *group) take(off uint64, l *lease, c *consumer, granted, deadline int64,
 	g.epoch++
 	l.epoch = g.epoch
 	l.granted, l.deadline, l.count = granted, deadline, count
-	l.state, l.flags = leased, 0
+	l.base = min(l.base, count) // XCLAIM RETRYCOUNT may set the count back
+	l.state, l.flags, l.routed = leased, 0, false
 	g.inflight++
 	g.touch(off)
 	g.pushPending(timer{l.wake(), off})

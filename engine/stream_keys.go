@@ -262,7 +262,7 @@ func (e *Engine) applyKeyExpire(c *KeyExpire, res *Result) {
 		old := *at
 		switch {
 		case c.When == IfAbsent && old != 0, c.When == IfPresent && old == 0,
-			c.When == IfGreater && (old == 0 || cluster <= old), c.When == IfLess && old != 0 && cluster >= old:
+			c.When == IfGreater && (old == 0 || cluster <= old), c.When == IfLess && old != 0 && cluster >= old, c.When == IfSooner && (old == 0 || cluster >= old):
 			return
 		}
 		if cluster <= e.stamp.Cluster {

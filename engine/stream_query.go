@@ -7,6 +7,7 @@ import (
 	"sort"
 
 	"tercet.dev/tercet/internal/errs"
+	"tercet.dev/tercet/internal/limits"
 )
 
 // streamQuery answers the stream and key queries, with dbMu held. Entries come loaded.
@@ -20,7 +21,19 @@ func (e *Engine) streamQuery(q *Query) (Answer, error) {
 	if err := e.loadEntries(a.Stream.entries()); err != nil {
 		return Answer{}, err
 	}
+	a.Stream.dropGone()
 	return a, nil
+}
+
+// dropGone leaves out entries that a checkpoint removed before they could be loaded.
+func (a *StreamAnswer) dropGone() {
+	a.Parked = slices.DeleteFunc(a.Parked, func(p ParkedEntry) bool { return p.Entry.Deleted })
+	for i := range a.Reads {
+		a.Reads[i].Entries = slices.DeleteFunc(a.Reads[i].Entries, StreamEntry.gone)
+	}
+	if a.Info != nil {
+		a.Info.Entries = slices.DeleteFunc(a.Info.Entries, StreamEntry.gone)
+	}
 }
 
 // entries lists the entries of an answer that have to be loaded.
@@ -30,6 +43,9 @@ func (a *StreamAnswer) entries() []*StreamEntry {
 		for k := range a.Reads[i].Entries {
 			out = append(out, &a.Reads[i].Entries[k])
 		}
+	}
+	for i := range a.Parked {
+		out = append(out, &a.Parked[i].Entry)
 	}
 	if a.Info != nil {
 		for i := range a.Info.Entries {
@@ -92,12 +108,32 @@ func (e *Engine) answerKeys(q *Query, s *StreamQuery, now int64, out *StreamAnsw
 			}
 		}
 	case QueryStreamRead:
-		room := answerRoom{answerBytes}
+		room := answerRoom{left: answerBytes}
+		if s.Size > 0 {
+			room.left = min(room.left, int64(min(s.Size, answerBytes)))
+		}
+		left := s.Total
+		if left == 0 {
+			left = math.MaxUint64
+		}
 		for i := range s.Streams {
-			read, err := e.readStream(&s.Streams[i], s.Count, now, &room)
+			p := &s.Streams[i]
+			if left == 0 { // enough was given, but the key has to be one of a stream
+				if _, err := e.streamAt(p.Key, now); err != nil {
+					return err
+				}
+				out.Reads = append(out.Reads, StreamRead{Key: p.Key, From: p.ID})
+				continue
+			}
+			count := left
+			if s.Count > 0 {
+				count = min(count, s.Count)
+			}
+			read, err := e.readStream(p, count, now, &room)
 			if err != nil {
 				return err
 			}
+			left -= uint64(len(read.Entries))
 			out.Reads = append(out.Reads, read)
 		}
 	default:
@@ -158,7 +194,7 @@ func (e *Engine) scanKeys(s *StreamQuery, now int64, out *StreamAnswer) error {
 	if count == 0 {
 		count = math.MaxUint64
 	}
-	room := answerRoom{answerBytes}
+	room := answerRoom{left: answerBytes}
 	i := sort.Search(len(keys), func(i int) bool { return keys[i].inc > s.Cursor })
 	for ; i < len(keys); i++ {
 		if count == 0 {
@@ -326,7 +362,7 @@ func (e *Engine) forward(t *topic, start, end StreamID, count uint64, now int64,
 			continue
 		case end.less(id), count > 0 && uint64(len(read.Entries)) == count:
 			return nil
-		case !room.take(b.sizeOf(i), len(read.Entries) == 0 && room.left > 0):
+		case !room.take(b.sizeOf(i), !room.given):
 			read.Cut = true
 			return nil
 		}
@@ -368,13 +404,37 @@ func (e *Engine) backward(t *topic, start, end StreamID, count uint64, now int64
 	}
 }
 
+// parkedEntries lists what a group has parked.
+func (e *Engine) parkedEntries(g *group, s *StreamQuery, now int64, room *answerRoom, out *StreamAnswer) error {
+	offs, next, err := e.selected(g, &ParkedFilter{}, s.Cursor, int(min(max(s.Count, 1), limits.ParkedPerCommandMax)), now)
+	if err != nil {
+		return err
+	}
+	out.Next = next
+	for _, off := range offs {
+		v, _ := g.view(off, g.find(off), now)
+		b, i, err := e.blockAt(g.topic, nil, off)
+		if err != nil {
+			return err
+		}
+		if !room.take(v.sizeIn(b, i), !room.given) {
+			out.Next = off
+			return nil
+		}
+		entry := e.streamEntry(b, i)
+		entry.Claimed, entry.Idle, entry.Count = true, max(now-v.deadline, 0), uint64(v.count)
+		out.Parked = append(out.Parked, ParkedEntry{Entry: entry, Error: g.notes[off]})
+	}
+	return nil
+}
+
 // answerTopic answers queries about one stream.
 func (e *Engine) answerTopic(q *Query, s *StreamQuery, now int64, out *StreamAnswer) error {
 	t, err := e.streamAt(q.Topic, now)
 	if err != nil {
 		return err
 	}
-	room := answerRoom{answerBytes}
+	room := answerRoom{left: answerBytes}
 	switch q.Kind {
 	case QueryStreamRange:
 		read := StreamRead{Key: q.Topic}
@@ -428,6 +488,8 @@ func (e *Engine) answerTopic(q *Query, s *StreamQuery, now int64, out *StreamAns
 		out.Pending = e.pendingSummary(g, now)
 	case QueryPendingRange:
 		out.Pending = e.pendingRange(g, s, now)
+	case QueryStreamParked:
+		return e.parkedEntries(g, s, now, &room, out)
 	default:
 		return errs.New(errs.BadRequest, "query kind %d is not known", q.Kind)
 	}
@@ -611,7 +673,7 @@ func (e *Engine) pendingRange(g *group, s *StreamQuery, now int64) *PendingInfo 
 			return p
 		}
 	}
-	room := answerRoom{answerBytes}
+	room := answerRoom{left: answerBytes}
 	p.Entries = e.pendingList(g, c, s.Start, s.End, s.Count, s.MinIdle, now, &room)
 	return p
 }

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"math"
+	"slices"
 	"time"
 )
 
@@ -234,13 +235,14 @@ type StreamPosition struct {
 type StreamReadGroup struct {
 	Group, Consumer string
 	Streams         []StreamPosition
-	// Count bounds the entries of each stream; 0 is no bound. At most 4 MiB are given, counted over all.
-	Count uint64
-	NoAck bool
+	// Count bounds the entries of each stream, Total those of all together; 0 is no bound. At most 4 MiB are given,
+	// counted over all, or Size bytes if that is less and not 0; the first entry is given whatever its size.
+	Count, Total, Size uint64
+	NoAck              bool
 	// Claim makes ">" take pending entries idle for at least ClaimIdle milliseconds before the new ones.
 	Claim     bool
 	ClaimIdle int64
-	// Park, with one stream and ">" alone, makes a read that finds nothing leave no result, as Receive.Park does.
+	// Park, with ">" alone, makes a read that finds nothing leave no result, as Receive.Park does.
 	Park bool
 }
 
@@ -324,6 +326,7 @@ const (
 	IfPresent When = 2 // XX: EXPIRE only with an expiry, SET only with a key
 	IfGreater When = 3 // GT, EXPIRE only
 	IfLess    When = 4 // LT, EXPIRE only
+	IfSooner  When = 5 // XX LT: as IfLess, and only with an expiry
 )
 
 // Deadline is when a key expires: After milliseconds from now, or At a Unix time in milliseconds. Neither
@@ -412,6 +415,8 @@ type StreamRead struct {
 	From StreamID
 	// Cut is set when more entries exist than the size of one answer allows: ask on behind the last one.
 	Cut bool
+
+	fresh bool // XREADGROUP with ">": what is gone before it is loaded is left out
 }
 
 // StreamEntry is an entry as Valkey clients see it.
@@ -422,7 +427,7 @@ type StreamEntry struct {
 	Fields [][]byte
 	// Deleted: the entry is pending and exists no more.
 	Deleted bool
-	// Claimed is set for what XREADGROUP CLAIM took over: it is given with Idle and Count.
+	// Claimed is set for what XREADGROUP CLAIM took over, and for what is parked: it is given with Idle and Count.
 	Claimed bool
 	// Idle is how long ago it was last delivered in milliseconds, Count how often it was, as of before this.
 	Idle  int64
@@ -469,8 +474,11 @@ const (
 	// QueryRandomKey is RANDOMKEY: the key at Cursor modulo their number; Answer.Stream.Keys has at most one.
 	QueryRandomKey QueryKind = 76
 
+	// QueryStreamParked lists what a group has parked from Cursor on, at most Count: Answer.Stream.Parked and Next.
+	QueryStreamParked QueryKind = 77
+
 	queryStreamFirst = QueryStreamRange
-	queryStreamLast  = QueryRandomKey
+	queryStreamLast  = QueryStreamParked
 )
 
 // StreamQuery is the part of a Query that stream and key queries need.
@@ -478,12 +486,12 @@ type StreamQuery struct {
 	Consumer   string
 	Start, End StreamID
 	Reverse    bool
-	// Count bounds the entries; 0 is no bound.
-	Count   uint64
-	MinIdle int64 // milliseconds
-	Full    bool
-	Streams []StreamPosition
-	Keys    []string
+	// Count bounds the entries; 0 is no bound. Total and Size are those of StreamReadGroup, for QueryStreamRead.
+	Count, Total, Size uint64
+	MinIdle            int64 // milliseconds
+	Full               bool
+	Streams            []StreamPosition
+	Keys               []string
 	// Cursor and Match belong to QueryScan: Match is a glob pattern, empty for all; Type is "stream" or "string" or empty.
 	Cursor uint64
 	Match  string
@@ -498,8 +506,21 @@ type StreamAnswer struct {
 	Pending *PendingInfo
 	Keys    []KeyInfo
 	// Next is the cursor behind which a scan goes on, 0 at the end.
-	Next  uint64
-	Value []byte
+	Next   uint64
+	Value  []byte
+	Parked []ParkedEntry
+}
+
+// HasEntries reports whether a read gave anything.
+func (a *StreamAnswer) HasEntries() bool {
+	return a != nil && slices.ContainsFunc(a.Reads, func(r StreamRead) bool { return len(r.Entries) > 0 })
+}
+
+// ParkedEntry is an entry that a group has parked: Entry.Idle is since when, Entry.Count how often it was delivered.
+type ParkedEntry struct {
+	Entry StreamEntry
+	// Error is the last reason a release gave, empty if there was none.
+	Error string
 }
 
 // KeyType is what a key holds.
@@ -582,7 +603,8 @@ func (r *Result) HasContents() bool {
 }
 
 // LoadResult fills the contents of what a command gave: of its deliveries as Load does, and of its entries.
-// Entries that were removed in the meantime are marked Deleted.
+// Entries whose contents a checkpoint has removed in the meantime are left out, or marked Deleted in a read of a
+// consumer's own pending entries: they stay pending, as those that were deleted while pending.
 func (e *Engine) LoadResult(r *Result) error {
 	e.dbMu.RLock()
 	defer e.dbMu.RUnlock()
@@ -594,7 +616,30 @@ func (e *Engine) LoadResult(r *Result) error {
 	if r.Stream == nil {
 		return nil
 	}
-	return e.loadEntries(r.Stream.pending())
+	if err := e.loadEntries(r.Stream.pending()); err != nil {
+		return err
+	}
+	r.Stream.dropGone()
+	return nil
+}
+
+// gone reports whether an entry is not there any more.
+func (s StreamEntry) gone() bool { return s.Deleted }
+
+// dropGone leaves out what was gone before it could be loaded.
+func (s *StreamResult) dropGone() {
+	s.Entries = slices.DeleteFunc(s.Entries, StreamEntry.gone)
+	for i := range s.Reads {
+		if read := &s.Reads[i]; read.fresh {
+			read.Entries = slices.DeleteFunc(read.Entries, StreamEntry.gone)
+		}
+	}
+	s.Reads = slices.DeleteFunc(s.Reads, func(read StreamRead) bool { return read.fresh && len(read.Entries) == 0 })
+	for i := range s.Exec {
+		if n := s.Exec[i].Result.Stream; n != nil {
+			n.dropGone()
+		}
+	}
 }
 
 // pending lists the entries that have to be loaded.

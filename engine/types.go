@@ -149,7 +149,8 @@ type Receive struct {
 	// the same command can be proposed again behind a publish.
 	Park bool
 
-	consumer string // in the probe of a StreamReadGroup: it does not park before its consumer exists
+	consumer string   // in the probe of a StreamReadGroup: it does not park before its consumer exists
+	others   []string // likewise: the streams beside Topic that it reads
 }
 
 // ReceiveID leases one message by its ID.

@@ -128,7 +128,7 @@ func (o *op) inspect() error {
 		o.topic, o.count = info.Topic, info.Messages
 	case engine.CmdStreamReadGroup:
 		if o.receive = engine.ParkProbe(o.cmd); o.receive != nil {
-			o.ref = engine.GroupRef{Topic: o.receive.Topic, Group: o.receive.Group}
+			o.refs = o.receive.Refs()
 			o.count = info.Max
 		}
 	case engine.CmdReceive:
@@ -137,7 +137,7 @@ func (o *op) inspect() error {
 			return err
 		}
 		o.receive = c.(*engine.Receive)
-		o.ref = engine.GroupRef{Topic: o.receive.Topic, Group: o.receive.Group, Deployment: o.receive.Deployment}
+		o.refs = o.receive.Refs()
 		o.count = info.Max
 	}
 	return nil

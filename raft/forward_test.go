@@ -3,6 +3,7 @@ package raft
 import (
 	"bytes"
 	"reflect"
+	"slices"
 	"testing"
 	"time"
 
@@ -25,7 +26,7 @@ func TestForwardedCommandRoundTrip(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got.intake != o.intake || got.number != o.number || got.lowest != o.lowest || got.require != o.require || got.repeat != o.repeat ||
-			!bytes.Equal(got.cmd, o.cmd) || got.kind != o.kind || got.ref != o.ref || got.count != o.count || string(got.topic) != string(o.topic) ||
+			!bytes.Equal(got.cmd, o.cmd) || got.kind != o.kind || !slices.Equal(got.refs, o.refs) || got.count != o.count || string(got.topic) != string(o.topic) ||
 			!got.since.Equal(o.since) || !got.parkUntil.Equal(o.parkUntil) {
 			t.Errorf("sent %+v\ngot  %+v", o, got)
 		}

@@ -20,7 +20,8 @@ import (
 //     apply between the answer and the next step sets it again.
 //
 // A receive leaves the lot to ride in an entry, behind the publish that woke it or alone. One that finds
-// nothing after all comes back to its place, which is by the time it began to wait.
+// nothing after all comes back to its place, which is by the time it began to wait. One that waits for several
+// groups has its place in each, and leaves all of them when it leaves one.
 type lot struct {
 	// signal wakes the coalescer, which is the only one that lets receives ride.
 	signal func()
@@ -103,20 +104,22 @@ func (l *lot) add(o *op) parking {
 	if o.timer == nil {
 		o.timer = time.AfterFunc(time.Until(o.parkUntil), func() { l.expire(o) })
 	}
-	w := l.groups[o.ref]
-	if w == nil {
-		w = &waiters{ref: o.ref}
-		l.groups[o.ref] = w
-		l.topics[o.ref.Topic] = append(l.topics[o.ref.Topic], w)
+	for _, ref := range o.refs {
+		w := l.groups[ref]
+		if w == nil {
+			w = &waiters{ref: ref}
+			l.groups[ref] = w
+			l.topics[ref.Topic] = append(l.topics[ref.Topic], w)
+		}
+		i := len(w.ops)
+		for i > 0 && w.ops[i-1].since.After(o.since) {
+			i--
+		}
+		w.ops = slices.Insert(w.ops, i, o)
+		l.staleLocked(w)
 	}
-	i := len(w.ops)
-	for i > 0 && w.ops[i-1].since.After(o.since) {
-		i--
-	}
-	w.ops = slices.Insert(w.ops, i, o)
 	o.park = waiting
 	l.size++
-	l.staleLocked(w)
 	return parked
 }
 
@@ -140,11 +143,8 @@ func (l *lot) expire(o *op) {
 	}
 	out := o.park == waiting
 	if out {
-		w := l.groups[o.ref]
-		if i := slices.Index(w.ops, o); i >= 0 {
-			w.ops = slices.Delete(w.ops, i, i+1)
-			l.removedLocked(w, 1)
-		}
+		l.leaveLocked(o, nil)
+		l.size--
 		o.park = notParked
 	}
 	l.mu.Unlock()
@@ -153,9 +153,22 @@ func (l *lot) expire(o *op) {
 	}
 }
 
-// removedLocked accounts for n ops taken out of w.
-func (l *lot) removedLocked(w *waiters, n int) {
-	l.size -= n
+// leaveLocked takes o out of the groups it waits for, but for one.
+func (l *lot) leaveLocked(o *op, but *waiters) {
+	for _, ref := range o.refs {
+		w := l.groups[ref]
+		if w == nil || w == but {
+			continue
+		}
+		if i := slices.Index(w.ops, o); i >= 0 {
+			w.ops = slices.Delete(w.ops, i, i+1)
+			l.removedLocked(w)
+		}
+	}
+}
+
+// removedLocked forgets w if nobody waits there any more.
+func (l *lot) removedLocked(w *waiters) {
 	if len(w.ops) > 0 {
 		return
 	}
@@ -225,10 +238,14 @@ func (l *lot) takeLocked(w *waiters, n int, ride []*op) []*op {
 	}
 	for _, o := range w.ops[:n] {
 		o.park = riding
+		if len(o.refs) > 1 {
+			l.leaveLocked(o, w)
+		}
 	}
 	ride = append(ride, w.ops[:n]...)
 	w.ops = slices.Delete(w.ops, 0, n)
-	l.removedLocked(w, n)
+	l.size -= n
+	l.removedLocked(w)
 	return ride
 }
 
@@ -333,6 +350,9 @@ func (l *lot) close() []*op {
 	var out []*op
 	for _, w := range l.groups {
 		for _, o := range w.ops {
+			if o.park == notParked {
+				continue // it waited for another group as well
+			}
 			o.park = notParked
 			if o.timer != nil {
 				o.timer.Stop()

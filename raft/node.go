@@ -150,7 +150,9 @@ type Node struct {
 	stop    chan struct{}
 	spawnMu sync.Mutex // orders spawn with the end of it
 	wg      sync.WaitGroup
-	done    chan struct{}
+	// waitingReads counts the reads of streams that wait here for something to come.
+	waitingReads atomic.Int64
+	done         chan struct{}
 
 	errMu     sync.Mutex
 	err       error

@@ -261,6 +261,9 @@ func (n *Node) readLocal(ctx context.Context, q *engine.Query) (engine.Answer, e
 	case <-ctx.Done():
 		return engine.Answer{}, errs.Of(errs.NotLeader).With(ctx.Err())
 	}
+	if q.Wait > 0 && q.Kind == engine.QueryStreamRead && q.Stream != nil {
+		return n.readWaiting(ctx, q)
+	}
 	query := *q
 	if query.Now == 0 {
 		query.Now = n.clock.now().Cluster
@@ -270,6 +273,50 @@ func (n *Node) readLocal(ctx context.Context, q *engine.Query) (engine.Answer, e
 		return engine.Answer{}, errs.From(err)
 	}
 	return a, nil
+}
+
+// readWaiting reads streams on the node that leads, and waits there for something to come: whoever asks from another
+// node learns of it with the apply of the leader, and not when its own node has learned of the commit. What it is given
+// was committed when it is given, so no further evidence of leading is needed; while the node waits, it may lose the
+// lead, and whoever asks goes to the next leader.
+func (n *Node) readWaiting(ctx context.Context, q *engine.Query) (engine.Answer, error) {
+	woken := make(chan struct{}, 1)
+	ended, end := n.watches.addChannel(watchKey{WatchLeader, ""}, make(chan struct{}, 1))
+	defer end()
+	for i := range q.Stream.Streams {
+		_, end := n.watches.addChannel(watchKey{WatchTopic, q.Stream.Streams[i].Key}, woken)
+		defer end()
+	}
+	n.waitingReads.Add(1)
+	defer n.waitingReads.Add(-1)
+	over := time.NewTimer(q.Wait)
+	defer over.Stop()
+	for {
+		if n.openTerm.Load() == 0 {
+			return engine.Answer{}, errs.Of(errs.NotLeader)
+		}
+		query := *q
+		if query.Now == 0 {
+			query.Now = n.clock.now().Cluster
+		}
+		a, err := n.eng.Query(query)
+		switch {
+		case err == nil && a.Stream.HasEntries():
+			return a, nil
+		case err != nil && errs.CodeOf(err) != errs.WrongType:
+			return engine.Answer{}, errs.From(err)
+		}
+		select {
+		case <-woken:
+		case <-ended:
+		case <-over.C:
+			return engine.Answer{Stream: &engine.StreamAnswer{}}, nil
+		case <-ctx.Done():
+			return engine.Answer{}, errs.Of(errs.NotLeader).With(ctx.Err())
+		case <-n.stop:
+			return engine.Answer{}, errs.Of(errs.NotLeader)
+		}
+	}
 }
 
 // serveQuery answers another node.

@@ -14,8 +14,8 @@ type request struct {
 	kind engine.Kind
 	// topic is a publish's, a part of cmd.
 	topic []byte
-	// ref names the topic and group of a receive that may park.
-	ref engine.GroupRef
+	// refs are the groups of a receive that may park; it is served by whichever has something first.
+	refs []engine.GroupRef
 	// count is the number of messages of a publish, the most that a receive takes.
 	count int
 	// receive is the decoded command of a receive, for questions to the engine.

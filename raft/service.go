@@ -91,7 +91,9 @@ func (n *Node) settle(b *batch, index, term uint64, results []engine.Result) {
 		if !o.parkUntil.IsZero() {
 			n.coal.lot.done(o)
 			if o.reply.HasContents() {
-				n.coal.lot.wake(o.ref) // there may be more
+				for _, ref := range o.refs {
+					n.coal.lot.wake(ref) // there may be more
+				}
 			}
 		}
 		if zones == 0 {

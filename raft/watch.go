@@ -34,7 +34,11 @@ type watchKey struct {
 }
 
 func (w *watches) add(key watchKey) (<-chan struct{}, func()) {
-	ch := make(chan struct{}, 1)
+	return w.addChannel(key, make(chan struct{}, 1))
+}
+
+// addChannel is add with a channel that several watches may share.
+func (w *watches) addChannel(key watchKey, ch chan struct{}) (<-chan struct{}, func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.by == nil {
