@@ -12,7 +12,7 @@ UNIT      = $(shell $(GO) list ./... | grep -v -e '/test/e2e' -e '/test/compat')
 TIMEOUT  ?= 15m
 
 .PHONY: help run build test test-all unit e2e race lint fuzz bench bench-build bench-baseline bench-report \
-	bench-core bench-valkey bench-gateway bench-smoke bench-compare deps clean
+	bench-core bench-queue bench-valkey bench-gateway bench-smoke bench-compare deps clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ bench-valkey: bench-build ## the goals of the Valkey port against Redis, into be
 
 bench-gateway: bench-build ## what gateway, bridge and pass-through cost beside a real server, into bench/report (6 minutes)
 	bin/tercet-peers gateway $(BENCHFLAGS)
+
+bench-queue: bench-build ## the figures of pushes, large messages, keys, delays, groups and topics, into bench/report (6 minutes)
+	bin/tercet-peers queue $(if $(FULL),-full) $(BENCHFLAGS)
 
 bench-smoke: bench-build ## a minute of every driver and every peer: do they work?
 	cd bench/peers && $(GO) test .

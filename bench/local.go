@@ -44,7 +44,10 @@ func (d *NodeDriver) command(topic string, bodies [][]byte) request {
 	publish := engine.Publish{Topic: topic, Messages: make([]engine.NewMessage, len(bodies))}
 	room := 64 + len(topic)
 	for i, body := range bodies {
-		publish.Messages[i] = engine.NewMessage{ContentType: wire.MediaOctets, Retention: d.Workload.Retention, Body: body}
+		publish.Messages[i] = engine.NewMessage{ContentType: wire.MediaOctets, Retention: d.Workload.Retention, Delay: d.Workload.Delay, Body: body}
+		if d.Workload.Keyed {
+			publish.Messages[i].Key = keyPlace
+		}
 		room += len(body) + 64
 	}
 	return request{body: publish.AppendTo(make([]byte, 0, room))}
@@ -69,7 +72,7 @@ type nodePublisher struct {
 func (p *nodePublisher) proposal(due time.Time) (request, raft.Proposal) {
 	req := p.take(due)
 	command := req.body
-	if len(req.marks) > 0 {
+	if len(req.marks)+len(req.keys) > 0 {
 		command = bytes.Clone(command)
 	}
 	return req, raft.Proposal{Command: command, Require: p.require}

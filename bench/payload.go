@@ -38,9 +38,19 @@ type request struct {
 	head []byte
 	body []byte
 	// marks are where in body the message bodies begin; bytes is their length together, messages their number.
-	marks    []int
+	marks []int
+	// keys are where in body the idempotency keys stand.
+	keys     []int
 	bytes    int
 	messages int
+}
+
+// keyPlace is where a key is put in a prepared request.
+const keyPlace = "key:seed:publisher:number......."
+
+// putKey writes a key that no other message has.
+func putKey(b []byte, seed uint64, publisher uint32, number uint64) {
+	copy(b[:len(keyPlace)], fmt.Sprintf("%08x%08x%016x", uint32(seed), publisher, number)) //nolint:gosec // a seed is small
 }
 
 // requests are the prepared publishes of a workload, shared by its publishers.
@@ -75,6 +85,16 @@ func prepare(w Workload, encode func(topic string, bodies [][]byte) request) *re
 			// The bodies are random and not short, so that they stand nowhere else by chance.
 			r.marks = append(r.marks, from+bytes.Index(r.body[from:], b))
 		}
+		if w.Keyed {
+			for from := 0; ; {
+				at := bytes.Index(r.body[from:], []byte(keyPlace))
+				if at < 0 {
+					break
+				}
+				r.keys = append(r.keys, from+at)
+				from += at + len(keyPlace)
+			}
+		}
 		rs.pool[i] = r
 	}
 	return rs
@@ -86,6 +106,7 @@ type feed struct {
 	next  int
 	stamp Stamp
 	own   []byte // the body of a marked request, used again for the next one
+	keys  uint64 // that were given
 }
 
 // feed returns the feed of publisher i.
@@ -98,7 +119,7 @@ func (rs *requests) feed(i int) *feed {
 func (f *feed) take(due time.Time) request {
 	r := f.rs.pool[f.next%len(f.rs.pool)]
 	f.next++
-	if len(r.marks) == 0 {
+	if len(r.marks)+len(r.keys) == 0 {
 		return r
 	}
 	f.own = append(f.own[:0], r.body...)
@@ -108,8 +129,12 @@ func (f *feed) take(due time.Time) request {
 		if f.rs.w.Stamped {
 			f.stamp.put(r.body[at:])
 		} else {
-			putTimeMark(r.body[at:], due)
+			putTimeMark(r.body[at:], due.Add(f.rs.w.Delay))
 		}
+	}
+	for _, at := range r.keys {
+		f.keys++
+		putKey(r.body[at:], f.rs.w.Seed, f.stamp.Publisher, f.keys)
 	}
 	return r
 }

@@ -19,6 +19,8 @@ import (
 // loopback addresses.
 type PushDriver struct {
 	HTTPDriver
+	// Concurrency is the subscriptions' maxConcurrency, nil for none.
+	Concurrency *int64
 
 	listener net.Listener
 	server   http.Server
@@ -63,7 +65,7 @@ func (d *PushDriver) Prepare() error {
 		topic, group := w.Consumes(i)
 		var made wire.Subscription
 		err := d.admin(http.MethodPost, "/v1/subscriptions", wire.Subscription{
-			Topic: topic, ConsumerGroup: group, URL: fmt.Sprintf("http://%s/%d", d.listener.Addr(), i),
+			Topic: topic, ConsumerGroup: group, URL: fmt.Sprintf("http://%s/%d", d.listener.Addr(), i), MaxConcurrency: d.Concurrency,
 		}, &made)
 		if err != nil {
 			return err

@@ -42,7 +42,7 @@ func coreTable(ctx context.Context, o options) error {
 	if len(c.rows) == 0 {
 		return failed
 	}
-	text := c.markdown(ctx)
+	text := c.markdown(ctx, "The core's goals")
 	fmt.Print(text)
 	if err := os.MkdirAll(o.out, 0o755); err != nil {
 		return err
@@ -250,16 +250,18 @@ func (c *core) campaigns(ctx context.Context) error {
 	return nil
 }
 
-func (c *core) markdown(ctx context.Context) string {
+func (c *core) markdown(ctx context.Context, title string) string {
 	var b strings.Builder
 	m := bench.ThisMachine(os.TempDir())
-	fmt.Fprintf(&b, "# The core's goals\n\n%s, %s, in %s. %d × %s, Linux %s, %s; three processes and one disk. At most %.2f CPUs were lost to other programs\nand to the hypervisor during a throughput run.\n\n",
-		revision(ctx), c.began.UTC().Format("2006-01-02 15:04 UTC"), time.Since(c.began).Round(time.Second), m.CPUs, m.CPU, m.Kernel, m.Go, c.lost)
+	fmt.Fprintf(&b, "# %s\n\n%s, %s, in %s. %d × %s, Linux %s, %s; three processes and one disk. At most %.2f CPUs were lost to other programs\nand to the hypervisor during a throughput run.\n\n",
+		title, revision(ctx), c.began.UTC().Format("2006-01-02 15:04 UTC"), time.Since(c.began).Round(time.Second), m.CPUs, m.CPU, m.Kernel, m.Go, c.lost)
 	b.WriteString("| figure | goal | measured | |\n|---|---|---|---|\n")
 	for _, v := range c.rows {
-		mark := "✗"
-		if *v.Met {
-			mark = "✓"
+		mark := ""
+		if v.Met != nil {
+			if mark = "✗"; *v.Met {
+				mark = "✓"
+			}
 		}
 		fmt.Fprintf(&b, "| %s | %s | %s | %s |\n", v.Figure, v.Goal, v.Measured, mark)
 	}

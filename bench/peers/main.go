@@ -28,6 +28,7 @@ const usage = `want a command:
   core     run tercet bench for the goals of the core alone, in ten minutes
   valkey   the goals of the Valkey port, against Redis, in eight minutes
   gateway  what the gateway, the bridge and the pass-through cost, in six minutes
+  queue    the figures of pushes, large messages, keys, delays, groups and topics, in six minutes
   smoke    a short run of every driver, which checks that it works and never how fast
   render   write the report again from its results.json
   list     the lines and the systems, and what is not installed`
@@ -85,6 +86,8 @@ func run(ctx context.Context, args []string) error {
 		return valkeyTable(ctx, o)
 	case "gateway":
 		return gatewayTable(ctx, o)
+	case "queue":
+		return queueTable(ctx, o)
 	case "smoke":
 		return smoke(ctx, o)
 	case "render":

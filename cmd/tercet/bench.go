@@ -41,7 +41,7 @@ minute and with the CPU time that others took meanwhile. docs/benchmarks.md says
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.AddCommand(a.benchPublishCommand(), a.benchDiskCommand(), a.benchBacklogCommand(), a.benchDrainedCommand(),
-		a.benchExpiryCommand(), a.benchDurabilityCommand())
+		a.benchExpiryCommand(), a.benchDurabilityCommand(), a.benchPushCommand(), a.benchLargeCommand(), a.benchKeysCommand(), a.benchDelayedCommand())
 	return cmd
 }
 
