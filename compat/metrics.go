@@ -14,6 +14,7 @@ type metrics struct {
 	refused     *prometheus.CounterVec
 	commands    *prometheus.CounterVec
 	upstream    *prometheus.CounterVec
+	passed      prometheus.Counter // of upstream: the one that is counted with every command
 
 	mu    sync.Mutex
 	names map[string]bool
@@ -44,6 +45,7 @@ func newMetrics(reg prometheus.Registerer, s *Server) (*metrics, error) {
 		Name: "tercet_compat_upstream_commands_total",
 		Help: "Commands of the Valkey port that were the upstream's, by what became of them: passed, or refused because it could not be reached.",
 	}, []string{"result"})
+	m.passed = m.upstream.WithLabelValues("passed")
 	gauge := func(name, help string, v func() float64) prometheus.Collector {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, v)
 	}

@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"tercet.dev/tercet/compat/acl"
@@ -272,8 +273,11 @@ func countedKeys(dst []command.KeyUse, name string, args [][]byte) []command.Key
 	return dst
 }
 
-// kept reports whether a key is the log's.
+// kept reports whether a key is the log's. What Tercet's own programs put beside a stream, under its hash tag, goes with it.
 func (s *Server) kept(key []byte) bool {
+	if name, rest, ok := bytes.Cut(key, []byte("}")); ok && len(name) > 1 && name[0] == '{' && bytes.HasPrefix(rest, []byte(":tercet:")) {
+		key = name[1:]
+	}
 	for _, p := range s.opts.UpstreamKeep {
 		if acl.Match(p, string(key)) {
 			return true
@@ -367,7 +371,7 @@ func (c *conn) sendUpstream(args [][]byte, replies int) bool {
 		return s != nil
 	}
 	u.command(args)
-	c.s.metrics.upstream.WithLabelValues("passed").Inc()
+	c.s.metrics.passed.Inc()
 	if len(u.out.B) >= upstreamBuffer {
 		u.send()
 	}
@@ -422,8 +426,8 @@ func (c *conn) passOn() {
 
 // upstreamTable is where the upstream's commands have their keys, asked for once.
 type upstreamTable struct {
+	known  atomic.Pointer[map[string]UpstreamCommand] // every command of every client looks here
 	mu     sync.Mutex
-	table  map[string]UpstreamCommand
 	failed error
 	at     time.Time
 }
@@ -432,19 +436,24 @@ type upstreamTable struct {
 const upstreamRetry = time.Second
 
 func (t *upstreamTable) get(u Upstream) (map[string]UpstreamCommand, error) {
+	if table := t.known.Load(); table != nil {
+		return *table, nil
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.table != nil {
-		return t.table, nil
+	if table := t.known.Load(); table != nil {
+		return *table, nil
 	}
 	if t.failed != nil && time.Since(t.at) < upstreamRetry {
 		return nil, t.failed
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), upstreamDial)
 	defer cancel()
-	t.table, t.failed = u.KeyTable(ctx)
-	t.at = time.Now()
-	return t.table, t.failed
+	table, err := u.KeyTable(ctx)
+	if t.failed, t.at = err, time.Now(); err == nil {
+		t.known.Store(&table)
+	}
+	return table, err
 }
 
 func oneLine(s string) string {
@@ -459,6 +468,14 @@ func oneLine(s string) string {
 // answer completes a slot with a reply that is ready.
 func (s *slot) answer(raw []byte) {
 	c := s.c
+	if s.fill(raw) {
+		c.flush()
+	}
+}
+
+// fill is answer, and leaves it to the caller to have the client's writer woken, which it reports to be due.
+func (s *slot) fill(raw []byte) bool {
+	c := s.c
 	c.mu.Lock()
 	s.raw, s.size, s.ready = raw, len(raw), true
 	first := c.head < len(c.queue) && c.queue[c.head] == s
@@ -466,9 +483,7 @@ func (s *slot) answer(raw []byte) {
 		c.changed.Broadcast()
 	}
 	c.mu.Unlock()
-	if first {
-		c.flush()
-	}
+	return first
 }
 
 func (c *conn) dialUpstream() (*upstreamConn, error) {
@@ -550,15 +565,21 @@ func (u *upstreamConn) receive() {
 	buf := make([]byte, 0, 16<<10)
 	start := 0
 	var cause error
+	due := false
 	for cause == nil {
 		n, err := scan.Reply(buf[start:])
 		switch {
 		case err != nil:
 			cause = err
 		case n > 0:
-			u.take(buf[start : start+n])
+			due = u.take(buf[start:start+n]) || due
 			start += n
 		default:
+			// What came together goes on together: the client's writer is woken once for all of it.
+			if due {
+				u.c.flush()
+				due = false
+			}
 			if start > 0 {
 				buf = buf[:copy(buf, buf[start:])]
 				start = 0
@@ -577,6 +598,9 @@ func (u *upstreamConn) receive() {
 			got, cause = u.nc.Read(buf[len(buf):cap(buf)])
 			buf = buf[:len(buf)+got]
 		}
+	}
+	if due {
+		u.c.flush()
 	}
 	u.nc.Close()
 	u.mu.Lock()
@@ -597,8 +621,8 @@ func (u *upstreamConn) receive() {
 	}
 }
 
-// take gives one reply to whom it belongs.
-func (u *upstreamConn) take(reply []byte) {
+// take gives one reply to whom it belongs, and reports whether the client's writer has to be woken for it.
+func (u *upstreamConn) take(reply []byte) (due bool) {
 	push := reply[0] == '>'
 	u.mu.Lock()
 	if kind, count, ok := subscription(reply); ok && (push || u.subs > 0 || kind == "subscribe" || kind == "unsubscribe") {
@@ -610,12 +634,12 @@ func (u *upstreamConn) take(reply []byte) {
 	if push {
 		u.mu.Unlock()
 		u.c.push(bytes.Clone(reply))
-		return
+		return false
 	}
 	if len(u.waiting) == 0 {
 		u.mu.Unlock()
 		u.nc.Close() // a reply to nothing: the two sides do not agree any more
-		return
+		return false
 	}
 	s := u.waiting[0]
 	u.waiting[0] = nil
@@ -624,11 +648,12 @@ func (u *upstreamConn) take(reply []byte) {
 	u.moved.Signal()
 	u.mu.Unlock()
 	if s != nil {
-		s.answer(bytes.Clone(reply))
+		due = s.fill(bytes.Clone(reply))
 	}
 	if last || bytes.HasPrefix(reply, []byte("-READONLY ")) {
 		u.nc.Close() // the name leads to another server now; the next command dials it
 	}
+	return due
 }
 
 // subscription recognises what pub/sub sends: confirmations, with the number of subscriptions, and messages.

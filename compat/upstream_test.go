@@ -96,6 +96,13 @@ func TestPassThrough(t *testing.T) {
 			t.Errorf("the log got %+v", add)
 		}
 	}
+	// The record of a bridge goes with the stream it is about.
+	c.want("WATCH {orders}:tercet:bridge", "+OK")
+	c.want("MULTI", "+OK")
+	c.want("XADD orders * a b", "+QUEUED")
+	c.want("SET {orders}:tercet:bridge x", "+QUEUED")
+	c.want("SET {elsewhere}:tercet:bridge x", "-ERR this transaction runs in the log, and the command belongs to the upstream: use two transactions")
+	c.want("DISCARD", "+OK")
 	// HELLO changes the version on both sides.
 	if got := c.do("HELLO", "3"); !strings.HasPrefix(got, "%") {
 		t.Fatalf("HELLO 3: %s", got)

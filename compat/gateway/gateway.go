@@ -16,6 +16,7 @@ import (
 
 	"tercet.dev/tercet/engine"
 	"tercet.dev/tercet/internal/errs"
+	"tercet.dev/tercet/internal/limits"
 	"tercet.dev/tercet/raft"
 )
 
@@ -209,6 +210,11 @@ func (g *Gateway) Propose(ctx context.Context, p raft.Proposal) (raft.Reply, err
 	case *engine.Settle:
 		reply, err = g.settle(ctx, c)
 		g.metrics.observe("settle", start, err)
+	case *engine.Parked:
+		reply, err = g.changeParked(ctx, c)
+		g.metrics.observe("parked", start, err)
+	case *engine.UploadOpen:
+		return raft.Reply{}, errs.New(errs.MessageTooLarge, "the gateway takes messages of %d bytes at most; a Tercet cluster takes larger ones", limits.MessageBytesMax)
 	default:
 		return raft.Reply{}, errs.New(errs.Unsupported, "the gateway does not support this; a Tercet cluster does")
 	}
@@ -235,6 +241,8 @@ func (g *Gateway) Query(ctx context.Context, q engine.Query) (engine.Answer, err
 		a.Messages, err = g.peek(ctx, q)
 	case engine.QueryMessage:
 		a.Messages, err = g.message(ctx, q)
+	case engine.QueryParked:
+		_, a.Next, a.Parked, err = g.parked(ctx, &engine.Parked{Topic: q.Topic, Group: q.Group, Filter: q.Parked, Max: q.Max, From: q.From}, "list", q.Deployment)
 	default:
 		return a, errs.New(errs.Unsupported, "the gateway does not support this; look at the streams with a Valkey client")
 	}

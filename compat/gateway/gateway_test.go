@@ -343,6 +343,102 @@ func TestMaxDeliveries(t *testing.T) {
 	}
 }
 
+// TestParked lists dead letters, drops one, and makes the others deliverable again: their deliveries are counted on, and the
+// limit counts anew.
+func TestParked(t *testing.T) {
+	r := redistest.Start(t)
+	a := open(t, Options{Target: Target{Addr: r.Addr()}, MaxDeliveries: 2, Park: true})
+	park := func(bodies ...string) {
+		t.Helper()
+		for range 2 {
+			for _, body := range bodies {
+				a.extend(200, "t", "g", a.one("t", "g", body).Receipt, 0)
+			}
+		}
+		a.none("t", "g", "Vqs-Max-Messages", "10")
+	}
+	var ids []string
+	for _, body := range []string{"a", "b", "c"} {
+		ids = append(ids, a.send("t", body))
+	}
+	park("a", "b", "c")
+	type listed struct {
+		Messages []struct {
+			MessageID, LastError string
+			Deliveries           int
+			Body                 []byte
+		}
+		Next uint64
+	}
+	list := func(query string) (l listed) {
+		t.Helper()
+		got := a.status(200, a.call("GET", "/v1/topics/t/groups/g/parked"+query, ""))
+		if err := json.Unmarshal([]byte(got.body), &l); err != nil {
+			t.Fatal(err)
+		}
+		return l
+	}
+	change := func(what, body string, want int) {
+		t.Helper()
+		got := a.status(200, a.call("POST", "/v1/topics/t/groups/g/parked/"+what, body, "Content-Type", "application/json"))
+		var done struct{ Count int }
+		if err := json.Unmarshal([]byte(got.body), &done); err != nil || done.Count != want {
+			t.Errorf("%s %s: %s, want %d", what, body, got.body, want)
+		}
+	}
+	all := list("")
+	if len(all.Messages) != 3 || all.Next != 0 || all.Messages[1].MessageID != ids[1] || all.Messages[1].Deliveries != 2 ||
+		string(all.Messages[1].Body) != "b" || all.Messages[1].LastError != "max_deliveries" {
+		t.Errorf("listed %+v", all)
+	}
+	first := list("?limit=2")
+	if len(first.Messages) != 2 || first.Next == 0 {
+		t.Fatalf("a page of two: %+v", first)
+	}
+	if rest := list(fmt.Sprintf("?limit=2&from=%d", first.Next)); len(rest.Messages) != 1 || rest.Messages[0].MessageID != ids[2] || rest.Next != 0 {
+		t.Errorf("the page after it: %+v", rest)
+	}
+	if l := list("?error=nothing"); len(l.Messages) != 0 {
+		t.Errorf("by reason: %+v", l)
+	}
+	change("drop", `{"all": true, "dryRun": true}`, 3)
+	change("drop", `{"messageIds": ["`+ids[1]+`"]}`, 1)
+	change("redrive", `{"error": "max", "max": 1}`, 1)
+	if got := a.one("t", "g", "a"); got.Count != 3 {
+		t.Errorf("delivery %d of what came back, want 3", got.Count)
+	} else {
+		a.extend(200, "t", "g", got.Receipt, 0)
+	}
+	change("redrive", `{"all": true}`, 1)
+	seen := map[string]int{}
+	for _, m := range a.receive("t", "g", "Vqs-Max-Messages", "10") {
+		seen[string(m.Body)] = m.Count
+		a.extend(200, "t", "g", m.Receipt, 0)
+	}
+	if fmt.Sprint(seen) != "map[a:4 c:3]" {
+		t.Errorf("received %v, want a for the fourth time and c for the third", seen)
+	}
+	if m := a.one("t", "g", "c", "Vqs-Max-Messages", "10"); m.Count != 4 {
+		t.Errorf("received %+v; a is a dead letter again, and c has one delivery left", m)
+	}
+	if l := list(""); len(l.Messages) != 1 || l.Messages[0].MessageID != ids[0] {
+		t.Errorf("dead letters in the end: %+v", l)
+	}
+	if got := r.Do("XPENDING", "t", "g"); !strings.HasPrefix(got, "2") {
+		t.Errorf("pending: %s, want a and c", got)
+	}
+}
+
+// TestTooLargeMessage sends more than a gateway takes.
+func TestTooLargeMessage(t *testing.T) {
+	a := open(t, Options{Target: Target{Addr: redistest.Start(t).Addr()}})
+	got := a.status(413, a.call("POST", "/api/v3/topic/t", strings.Repeat("x", 1<<20+1)))
+	if !strings.Contains(got.body, "message_too_large") || !strings.Contains(got.body, "1048576") {
+		t.Errorf("answered %s", got.body)
+	}
+	a.send("t", strings.Repeat("x", 1<<20))
+}
+
 // TestTwoGateways lets consumers of two gateways work on one group with leases that run out, and checks that no two
 // leases on one message overlap and nothing is lost.
 func TestTwoGateways(t *testing.T) {

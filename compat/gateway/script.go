@@ -22,6 +22,8 @@ var (
 	luaPeek string
 	//go:embed lua/sweep.lua
 	luaSweep string
+	//go:embed lua/parked.lua
+	luaParked string
 
 	scriptPublish   = valkey.NewLuaScript(luaCommon + luaPublish)
 	scriptReceive   = valkey.NewLuaScript(luaCommon + luaReceive)
@@ -29,6 +31,7 @@ var (
 	scriptSettle    = valkey.NewLuaScript(luaCommon + luaSettle)
 	scriptPeek      = valkey.NewLuaScript(luaCommon + luaPeek)
 	scriptSweep     = valkey.NewLuaScript(luaCommon + luaSweep)
+	scriptParked    = valkey.NewLuaScript(luaCommon + luaParked)
 )
 
 // keysOf returns the keys of a topic, and of a group of it, in the order that the scripts expect. A stream's own

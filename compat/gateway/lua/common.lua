@@ -36,17 +36,17 @@ local function mature(most)
   end
 end
 
--- A held message: "count granted expires ahead deployment". ahead is 1 for a message that was given out by its id
+-- A held message: "count granted expires ahead base deployment". base is the count at its last return from the dead letters. ahead is 1 for a message that was given out by its id
 -- before the group's position reached it, 2 once that one is settled.
 local function load(id)
   local v = redis.call('HGET', held, id)
   if not v then return nil end
-  local count, granted, expires, ahead, deployment = string.match(v, '^(%d+) (%d+) (%d+) (%d) (.*)$')
-  return { count = tonumber(count), granted = tonumber(granted), expires = tonumber(expires), ahead = tonumber(ahead), deployment = deployment }
+  local count, granted, expires, ahead, base, deployment = string.match(v, '^(%d+) (%d+) (%d+) (%d) (%d+) (.*)$')
+  return { count = tonumber(count), granted = tonumber(granted), expires = tonumber(expires), ahead = tonumber(ahead), base = tonumber(base), deployment = deployment }
 end
 
 local function save(id, h)
-  redis.call('HSET', held, id, number(h.count) .. ' ' .. number(h.granted) .. ' ' .. number(h.expires) .. ' ' .. h.ahead .. ' ' .. h.deployment)
+  redis.call('HSET', held, id, number(h.count) .. ' ' .. number(h.granted) .. ' ' .. number(h.expires) .. ' ' .. h.ahead .. ' ' .. number(h.base or 0) .. ' ' .. h.deployment)
 end
 
 -- backoff is the earliest time of the next delivery: from the 33rd delivery on it is forced apart.

@@ -99,7 +99,7 @@ while #out < room and offset < 1000 do
       forget(group, id)
     elseif deployment ~= '' and h.deployment ~= deployment then
       offset = offset + 1
-    elseif deliveries > 0 and h.count >= deliveries then
+    elseif deliveries > 0 and h.count - h.base >= deliveries then
       if park then
         redis.call('ZADD', parked, now, id)
         redis.call('HSET', why, id, number(h.count) .. ' ' .. number(now) .. ' max_deliveries')
