@@ -108,8 +108,16 @@ func TestDeploymentsRest(t *testing.T) {
 	if err := r.DeleteSubscription(t.Context(), claim.ID); err != nil {
 		t.Fatal(err)
 	}
-	for i := range 3 {
-		take(rest, fmt.Sprint("for red ", i))
+	// They are pushed beside each other, in any order.
+	waiting := map[string]bool{"for red 0": true, "for red 1": true, "for red 2": true}
+	for range 3 {
+		p := rest.next()
+		if !waiting[string(p.body)] {
+			t.Errorf("pushed %q", p.body)
+		}
+		delete(waiting, string(p.body))
+		r.ack(p)
+		p.reply(200)
 	}
 	r.publish("orders", "for red", "Vqs-Deployment-Id", "red")
 	take(rest, "for red")
