@@ -98,6 +98,54 @@ func TestUnauthenticated(t *testing.T) {
 	c.want("HELLO 3 AUTH alice pw SETNAME me", "%7|$6|server|$6|valkey|$7|version|$5|8.1.0|$5|proto|:3|$2|id|:1|$4|mode|$10|standalone|$4|role|$6|master|$7|modules|*0")
 }
 
+// fromAfar makes connections look as if they came from another machine.
+type fromAfar struct{ net.Listener }
+
+type farConn struct{ net.Conn }
+
+func (farConn) RemoteAddr() net.Addr { return &net.TCPAddr{IP: net.IPv4(192, 0, 2, 7), Port: 40000} }
+
+func (l fromAfar) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return farConn{c}, nil
+}
+
+// TestProtectedMode: while nobody needs a password, only clients of this machine are let in, unless told otherwise; once the
+// default user is off, others may come to log in.
+func TestProtectedMode(t *testing.T) {
+	afar := func(s *Server) *client {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		ended := make(chan error, 1)
+		go func() { ended <- s.Serve(fromAfar{l}) }()
+		t.Cleanup(func() {
+			s.Close()
+			if err := <-ended; err != nil {
+				t.Error(err)
+			}
+		})
+		return dial(t, l.Addr().String())
+	}
+	s, addr := start(t, Options{})
+	afar(s).closed(strings.TrimSuffix(errProtected, "\r\n") + "|")
+	near := dial(t, addr)
+	near.want("PING", "+PONG")
+	near.want("ACL SETUSER bob on >pw ~* +@all", "+OK")
+	near.want("ACL SETUSER default off", "+OK")
+	c := afar(s)
+	c.want("PING", "-NOAUTH Authentication required.")
+	c.want("AUTH bob pw", "+OK")
+	c.want("PING", "+PONG")
+
+	s, _ = start(t, Options{Insecure: true})
+	afar(s).want("PING", "+PONG")
+}
+
 // TestUsersAsDocuments: users that are set are users at once; one that is deleted is cut off.
 func TestUsersAsDocuments(t *testing.T) {
 	_, addr := start(t, Options{})

@@ -402,3 +402,46 @@ func TestExec(t *testing.T) {
 		}
 	})
 }
+
+// TestStreamIncarnations is decision 19 for streams: a key that is deleted and made again within one checkpoint interval is
+// another stream, a group may stand at an ID that is still to come, and what is trimmed below a pending list stays pending.
+func TestStreamIncarnations(t *testing.T) {
+	restarts(t, func(t *testing.T, l *testLog, again func()) {
+		l.add("s", sid(1, 0), "n", "old")
+		l.group(&StreamGroup{Op: GroupCreate, Key: "s", Group: "g"})
+		want(t, ">", l.readGroup("s", "g", "alice", 0), "s: 1-0[n old]")
+		l.add("s", sid(2, 0), "n", "old")
+		lease := l.do(&Receive{Topic: "s", Group: "g", Max: 1, Visibility: time.Minute}).Deliveries
+		want(t, "receive", len(lease), 1)
+		again()
+		want(t, "DEL", l.do(&KeyDelete{Keys: []string{"s"}}).Count, 1)
+		l.add("s", sid(1, 0), "n", "new") // the ID is free again, and the name leads elsewhere
+		again()
+		want(t, "the group went with it", l.readGroup("s", "g", "alice", 0), "group_not_found")
+		l.group(&StreamGroup{Op: GroupCreate, Key: "s", Group: "g"})
+		again()
+		if code := l.do(&Settle{Topic: "s", Group: "g", Op: Acknowledge, Receipts: []Receipt{lease[0].Receipt}}).Codes[0]; code == errs.OK {
+			t.Error("a receipt of the stream that was deleted acknowledges something in the new one")
+		}
+		want(t, "nothing is pending", l.pendings("s", "g"), "")
+		want(t, "only the new one", l.readGroup("s", "g", "alice", 0), "s: 1-0[n new]")
+		want(t, "pending", l.pendings("s", "g"), "1-0 alice 0 1")
+
+		want(t, "ahead", l.group(&StreamGroup{Op: GroupCreate, Key: "s", Group: "later", ID: sid(5, 0)}).Code, errs.OK)
+		l.add("s", sid(2, 0), "n", "2")
+		again()
+		l.add("s", sid(5, 0), "n", "5")
+		want(t, "up to the position", l.readGroup("s", "later", "bob", 0), "nil")
+		l.add("s", sid(5, 1), "n", "5-1")
+		again()
+		want(t, "behind it", l.readGroup("s", "later", "bob", 0), "s: 5-1[n 5-1]")
+
+		want(t, "XTRIM", l.do(&StreamTrim{Key: "s", Trim: Trim{By: TrimMaxLen}}).Count, 4)
+		again()
+		want(t, "still pending", l.pendings("s", "g"), "1-0 alice 0 1")
+		want(t, "history", l.readGroup("s", "g", "alice", 0, sid(0, 0)), "s: 1-0!")
+		want(t, "XACK", l.do(&StreamAck{Key: "s", Group: "g", IDs: []StreamID{sid(1, 0)}}).Count, 1)
+		again()
+		want(t, "not any more", l.pendings("s", "g"), "")
+	})
+}
