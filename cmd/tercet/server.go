@@ -345,6 +345,10 @@ func (a *app) server(ctx context.Context, o *serverOptions) error {
 		log.Warn("--http can be reached from other machines without TLS: tokens and messages cross the network in clear text", "address", o.http)
 	}
 
+	if public, _ := server.CheckBind(o.http, true, false); !public && !o.security.authenticated() {
+		log.Info("no tokens, issuers or client certificates are configured: HTTP is bound to the loopback interface only", "address", o.http)
+	}
+
 	httpListeners, err := listenAs(ctx, "--http", o.http)
 	if err != nil {
 		return err

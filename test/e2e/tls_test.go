@@ -393,3 +393,21 @@ func TestHTTPS(t *testing.T) {
 		return nil
 	})
 }
+
+// TestLoopbackOnly: without any security a node is reachable from its own machine only and says so; other addresses are
+// refused with what they need.
+func TestLoopbackOnly(t *testing.T) {
+	beside(t)
+	c := harness.Start(t, harness.Options{Nodes: 1})
+	log, err := os.ReadFile(c.Nodes[0].Log)
+	if err != nil || !bytes.Contains(log, []byte("HTTP is bound to the loopback interface only")) {
+		t.Errorf("the log does not say that the node is bound to loopback only: %v", err)
+	}
+	for flag, remedy := range map[string]string{"--http": "--insecure", "--peer": "--insecure"} {
+		args := []string{"server", "--node-id", "n1", "--data", filepath.Join(c.Dir, "open")}
+		_, errs, code := tercet(t, time.Minute, append(args, flag, "0.0.0.0:0")...)
+		if code != 2 || !strings.Contains(errs, flag) || !strings.Contains(errs, remedy) {
+			t.Errorf("%s on all interfaces: exit %d: %s", flag, code, errs)
+		}
+	}
+}
