@@ -64,6 +64,7 @@ func newTopic(name string, inc uint64) *topic {
 func (e *Engine) addGroup(t *topic, g *group) {
 	t.groups[g.name] = g
 	t.byInc[g.inc] = g
+	g.pool = &e.slots
 	if n := len(e.freeGroups); n > 0 {
 		g.number = e.freeGroups[n-1]
 		e.freeGroups = e.freeGroups[:n-1]
@@ -404,13 +405,28 @@ func (e *Engine) byID(t *topic, id MessageID) (*block, uint32, error) {
 	return b, i, nil
 }
 
+// contentType is string(b) without an allocation for those that most messages have.
+func contentType(b []byte) string {
+	switch string(b) {
+	case "":
+		return ""
+	case "application/json":
+		return "application/json"
+	case "application/octet-stream":
+		return "application/octet-stream"
+	case "text/plain":
+		return "text/plain"
+	}
+	return string(b)
+}
+
 // fill puts the contents of a record into a delivery.
 func (d *Delivery) fill(rec *record) {
 	if d.asFields {
 		d.fields, d.Body = rec.fields(), []byte{}
 		return
 	}
-	d.ContentType = string(rec.contentType)
+	d.ContentType = contentType(rec.contentType)
 	d.Headers = rec.decodeHeaders()
 	d.Deployment = string(rec.deployment)
 	d.Body = rec.body

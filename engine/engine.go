@@ -105,6 +105,7 @@ type Engine struct {
 	removedTopics []uint64
 	removedGroups [][2]uint64
 	freeGroups    []uint64
+	slots         slotPool
 	groups        []*group // all of them; the place is the group's number in due
 	// removed lists rows of intakes that no longer exist.
 	removedIntakes []IntakeID
@@ -284,6 +285,7 @@ func (e *Engine) resetMemory() {
 	e.documents = make(map[string]*documentTable)
 	e.groups, e.removedIntakes, e.removedDocuments = nil, nil, nil
 	e.removedTopics, e.removedGroups, e.freeGroups = nil, nil, nil
+	e.slots = slotPool{}
 	e.changes, e.removedChanges, e.moved = make(map[delayKey]*delayChange), nil, nil
 	e.keyFilters, e.entryKeys = make(map[keyBucket]*keyFilter), nil
 	e.uploads, e.removedUploads, e.deadParts = make(map[uint64]*upload), nil, nil

@@ -211,6 +211,7 @@ type group struct {
 	kept map[uint64]bool
 
 	// What follows is memory of this node alone.
+	pool    *slotPool
 	cur     *block // where next was found last
 	parked  bool   // receives were parked here; sticky
 	told    int64  // what NextDue has last said, or the effects since
@@ -220,7 +221,7 @@ type group struct {
 }
 
 func newGroup(t *topic, name string, inc uint64) *group {
-	return &group{topic: t, name: name, inc: inc, chunks: make(map[uint64]*chunk), armed: never, told: never, streamGroup: streamGroup{entriesRead: -1}}
+	return &group{topic: t, name: name, inc: inc, chunks: make(map[uint64]*chunk), pool: &slotPool{}, armed: never, told: never, streamGroup: streamGroup{entriesRead: -1}}
 }
 
 func (g *group) chunk(key uint64) *chunk {
@@ -232,6 +233,29 @@ func (g *group) chunk(key uint64) *chunk {
 		g.lastChunk, g.lastKey = c, key
 	}
 	return c
+}
+
+// slotPool keeps the arrays of chunks that have become empty: groups that are drained would else grow one anew every
+// few thousand messages.
+type slotPool struct{ free [][]lease }
+
+// slotPoolMax is how many it keeps.
+const slotPoolMax = 8
+
+func (p *slotPool) take() []lease {
+	n := len(p.free) - 1
+	if n < 0 {
+		return nil
+	}
+	s := p.free[n]
+	p.free = p.free[:n]
+	return s
+}
+
+func (p *slotPool) give(s []lease) {
+	if len(p.free) < slotPoolMax && cap(s) >= 64 {
+		p.free = append(p.free, s[:0])
+	}
 }
 
 // find returns the entry of an offset, nil if the set has none. It is valid until the next insert.
@@ -253,7 +277,7 @@ func (g *group) insert(off, dep uint64) *lease {
 	key, low := off>>chunkShift, uint16(off&chunkMask)
 	c := g.chunk(key)
 	if c == nil {
-		c = &chunk{}
+		c = &chunk{slots: g.pool.take()}
 		g.chunks[key] = c
 		g.newChunk(key)
 		g.lastChunk, g.lastKey = c, key
@@ -308,6 +332,7 @@ func (g *group) remove(off uint64, l *lease) {
 		delete(g.chunks, key)
 		g.dropChunk(key)
 		g.lastChunk = nil
+		g.pool.give(c.slots)
 		return
 	}
 	if len(c.slots) > 64 && c.live < len(c.slots)/4 {

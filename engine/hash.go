@@ -171,11 +171,14 @@ func (e *Engine) stagedRows(visit func(key, value []byte) error, now int64) erro
 
 // logicalPayload is what of a block's payload is the same on every node: one may have dropped dead records, another not.
 func (e *Engine) logicalPayload(t *topic, b *block) ([]byte, error) {
+	alive, dead := t.aliveIn(b, e.stamp.Cluster, true)
+	if alive == 0 {
+		return nil, nil
+	}
 	payload, err := e.packs.read(t.inc, b.base, b.at)
 	if err != nil {
 		return nil, err
 	}
-	_, dead := t.aliveIn(b, e.stamp.Cluster, true)
 	return appendThinned(nil, payload, dead), nil
 }
 

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"encoding/binary"
+	"slices"
 
 	"tercet.dev/tercet/internal/errs"
 	"tercet.dev/tercet/internal/limits"
@@ -23,8 +24,10 @@ type intake struct {
 
 // outcome is a recorded result, without payloads.
 type outcome struct {
-	kind      outcomeKind
-	code      errs.Code
+	kind outcomeKind
+	code errs.Code
+	// acked is the number of receipts of a Settle that were all in order.
+	acked     uint32
 	published Published
 	count     int64
 	more      *outcomeMore
@@ -39,7 +42,8 @@ const (
 
 // outcomeMore is what only some results have.
 type outcomeMore struct {
-	result Result // without Deliveries
+	// result is without Deliveries; nil if there is nothing but those.
+	result *Result
 	grants []grantRecord
 }
 
@@ -54,18 +58,23 @@ type grantRecord struct {
 
 func (o *outcome) set(r *Result) {
 	*o = outcome{kind: outcomeDone, code: r.Code, published: r.Published, count: r.Count}
-	if r.Intake == 0 && len(r.Deliveries) == 0 && len(r.Codes) == 0 && r.RetryAfter == 0 && r.Inflight == 0 && r.ExpiresAt == 0 && r.Original == (MessageID{}) &&
-		r.Revision == 0 && r.Next == 0 && r.Upload == 0 && r.Stream == nil {
+	plain := r.Intake == 0 && r.RetryAfter == 0 && r.Inflight == 0 && r.ExpiresAt == 0 && r.Original == (MessageID{}) &&
+		r.Revision == 0 && r.Next == 0 && r.Upload == 0 && r.Stream == nil
+	if plain && len(r.Deliveries) == 0 && !slices.ContainsFunc(r.Codes, func(c errs.Code) bool { return c != errs.OK }) {
+		o.acked = uint32(len(r.Codes))
 		return
 	}
 	if r.Stream.deepReads() {
 		// What it read cannot be read again (decision 12).
-		o.more = &outcomeMore{result: Result{Code: errs.OutcomeUnknown}}
+		o.more = &outcomeMore{result: &Result{Code: errs.OutcomeUnknown}}
 		return
 	}
-	m := &outcomeMore{result: *r}
-	m.result.Deliveries = nil
-	m.result.Stream = r.Stream.bare()
+	m := &outcomeMore{}
+	if !plain || len(r.Codes) > 0 {
+		rest := *r
+		rest.Deliveries, rest.Stream = nil, r.Stream.bare()
+		m.result = &rest
+	}
 	if len(r.Deliveries) > 0 {
 		m.grants = make([]grantRecord, len(r.Deliveries))
 		for i := range r.Deliveries {
@@ -77,12 +86,18 @@ func (o *outcome) set(r *Result) {
 }
 
 func (o *outcome) result() Result {
-	if o.more == nil {
-		return Result{Code: o.code, Published: o.published, Count: o.count}
+	r := Result{Code: o.code, Published: o.published, Count: o.count}
+	if o.acked > 0 {
+		r.Codes = make([]errs.Code, o.acked)
 	}
-	r := o.more.result
-	r.Codes = append([]errs.Code(nil), r.Codes...)
-	r.Stream = r.Stream.bare()
+	if o.more == nil {
+		return r
+	}
+	if o.more.result != nil {
+		r = *o.more.result
+		r.Codes = append([]errs.Code(nil), r.Codes...)
+		r.Stream = r.Stream.bare()
+	}
 	if len(o.more.grants) > 0 {
 		r.Deliveries = make([]Delivery, len(o.more.grants))
 		for i := range o.more.grants {

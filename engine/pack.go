@@ -73,7 +73,8 @@ func parsePack(number uint64, row []byte) (*pack, error) {
 	return k, r.err()
 }
 
-// place is where a block's payload stands.
+// place is where a block's payload stands. Nothing stands at length 0: for references, and for blocks in which nothing was
+// alive when their pack was rewritten.
 type place struct {
 	pack, offset uint64
 	length       uint32
@@ -392,6 +393,9 @@ func (e *Engine) payload(topic, base uint64, at place) ([]byte, error) {
 	if b := e.payloads.get(topic, base); b != nil {
 		return b, nil
 	}
+	if at.length == 0 {
+		return nil, nil
+	}
 	b, err := e.packs.read(topic, base, at)
 	for errors.Is(err, errPackGone) {
 		// Rewritten, or expired, since the row was read.
@@ -408,6 +412,9 @@ func (e *Engine) payload(topic, base uint64, at place) ([]byte, error) {
 			return nil, gerr
 		}
 		at = h.at
+		if at.length == 0 {
+			return nil, nil
+		}
 		if at == old {
 			err = &CorruptError{File: e.packs.path(at.pack), Detail: "missing", Remedy: remedyReplace}
 			break

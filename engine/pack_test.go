@@ -215,6 +215,38 @@ func TestPackMoved(t *testing.T) {
 	l.close()
 }
 
+// TestNothingAliveInBlock: a block of which some messages have expired and the others were removed keeps its header until
+// the last would have expired, but not its payload.
+func TestNothingAliveInBlock(t *testing.T) {
+	l := openTest(t, Options{FS: vfs.NewMem(), RecentBytes: -1, packBytes: 1 << 10})
+	body := strings.Repeat("x", 1000)
+	res := l.apply(&Publish{Topic: "t", Messages: append(messages(time.Second, body), messages(time.Hour, body)...)})
+	l.apply(&Publish{Topic: "t", Messages: messages(time.Hour, "kept")})
+	l.checkpoint()
+	id := res[0].Published.Stream
+	id.Seq++
+	if n := l.apply(&StreamDelete{Key: "t", IDs: []StreamID{id}})[0].Count; n != 1 {
+		t.Fatalf("%d removed", n)
+	}
+	l.pass(2 * time.Minute)
+	l.apply(&Tick{})
+	before := l.fullHash()
+	l.checkpoint()
+	if packFiles(t, l)[1] != 0 {
+		t.Fatal("the pack is still there")
+	}
+	if after := l.fullHash(); after != before {
+		t.Errorf("hash is %x, was %x", after, before)
+	}
+	if b, err := l.e.payload(l.e.topics["t"].inc, 0, place{}); b != nil || err != nil {
+		t.Errorf("payload of %d bytes, %v", len(b), err)
+	}
+	if got := drain(t, l, "t", "g"); len(got) != 1 || got["kept"] != 1 {
+		t.Errorf("%d bodies came", len(got))
+	}
+	l.close()
+}
+
 // TestPacksAreListed: a pack that the checkpoint lists and that is missing or too short is damage, found at the start.
 func TestPacksAreListed(t *testing.T) {
 	l := openTest(t, Options{FS: vfs.NewMem()})

@@ -74,6 +74,9 @@ func (e *Engine) rewritePacks(batch *pebble.Batch) (rewritten []uint64, err erro
 		}
 		n, dead := e.aliveIn(b, now, true)
 		if n == 0 {
+			// The header stays until its last message expires, if one was removed before that: it has no payload any more.
+			b.at = place{}
+			_ = batch.Set(e.keys.key(rowBlock, b.topic, b.base), b.appendRow(nil), nil) // a batch in memory takes everything
 			return nil
 		}
 		payload, err := p.read(b.topic, b.base, b.at)
@@ -112,7 +115,7 @@ func (e *Engine) eachStored(visit func(b *block) error) error {
 		topic, _ := keyPart(key, 0)
 		base, _ := keyPart(key, 1)
 		b, err := parseBlock(topic, base, row)
-		if err != nil || b.refs != nil {
+		if err != nil || b.at.length == 0 {
 			return err
 		}
 		return visit(b)
