@@ -33,7 +33,7 @@ func (g *group) parkedForm(l *lease) lease {
 // giveUp brings a spent entry into its final form: parked, or gone as if it had been acknowledged.
 func (g *group) giveUp(off uint64, l *lease, now int64) {
 	if !g.settings.Park {
-		if g.passed(off, l.dep) {
+		if g.passed(off, l.dep) || l.expiry <= now {
 			g.remove(off, l)
 		} else {
 			g.settleAhead(off, l)
