@@ -67,10 +67,10 @@ func (e *Endpoint) serve(c net.Conn) {
 	e.conns[c] = struct{}{}
 	e.mu.Unlock()
 	e.group.Go(func() {
-		io.Copy(s, c)
-		s.Close()
+		_, _ = io.Copy(s, c) // either side may break it off
+		_ = s.Close()
 	})
-	io.Copy(c, s)
+	_, _ = io.Copy(c, s)
 	e.mu.Lock()
 	delete(e.conns, c)
 	e.mu.Unlock()
