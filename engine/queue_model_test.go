@@ -588,9 +588,9 @@ type qGrant struct {
 // qSeen is what an observer who knows nothing of the model has seen of one message and group: S1 to S10 are judged by
 // it.
 type qSeen struct {
-	until, expires int64
-	count          uint32
-	acked          bool
+	until int64
+	count uint32
+	acked bool
 }
 
 type queueMachine struct {
