@@ -292,6 +292,32 @@ func cmdKeys(c *conn, a [][]byte) {
 	}
 }
 
+// buildKeys is KEYS in a transaction: one step at its place among the other commands, for as many keys as a step looks at.
+func buildKeys(c *conn, a [][]byte) (operation, bool) {
+	pattern, user := string(a[1]), c.user
+	return operation{query: &engine.Query{Kind: engine.QueryScan, Stream: &engine.StreamQuery{Count: scanCountMax}}, block: noBlock,
+		word: func(w *resp.Buffer, r *engine.Result, a *engine.Answer) {
+			switch {
+			case r.Code != errs.OK:
+				w.Error(refusalText(r.Code))
+				return
+			case a.Stream.Next != 0:
+				w.Error("ERR too many keys for KEYS in a transaction: use SCAN")
+				return
+			}
+			var keys []string
+			for i := range a.Stream.Keys {
+				if name := a.Stream.Keys[i].Name; (pattern == "*" || acl.Match(pattern, name)) && user.MayRead(name) {
+					keys = append(keys, name)
+				}
+			}
+			w.Array(len(keys))
+			for _, k := range keys {
+				w.String(k)
+			}
+		}}, true
+}
+
 func buildDBSize(_ *conn, _ [][]byte) (operation, bool) {
 	return operation{query: &engine.Query{Kind: engine.QueryDBSize}, block: noBlock, word: func(w *resp.Buffer, r *engine.Result, a *engine.Answer) {
 		if r.Code != errs.OK {

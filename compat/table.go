@@ -129,7 +129,7 @@ var builders = map[string]buildFunc{
 	"ttl": buildTTL(false, true), "pttl": buildTTL(false, false), "expiretime": buildTTL(true, true), "pexpiretime": buildTTL(true, false),
 	"expire": buildExpire("expire", false, true), "pexpire": buildExpire("pexpire", false, false),
 	"expireat": buildExpire("expireat", true, true), "pexpireat": buildExpire("pexpireat", true, false), "persist": buildPersist,
-	"rename": buildRename(false), "renamenx": buildRename(true), "copy": buildCopy, "scan": buildScan, "dbsize": buildDBSize, "randomkey": buildRandomKey,
+	"rename": buildRename(false), "renamenx": buildRename(true), "copy": buildCopy, "scan": buildScan, "keys": buildKeys, "dbsize": buildDBSize, "randomkey": buildRandomKey,
 	"object|encoding": buildObject("encoding"), "object|freq": buildObject("freq"), "object|idletime": buildObject("idletime"), "object|refcount": buildObject("refcount"),
 	"memory|usage": buildMemoryUsage,
 	"set":          buildSet, "get": buildGet, "getdel": buildGetDel, "flushall": buildFlush, "flushdb": buildFlush,
