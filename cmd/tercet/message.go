@@ -180,7 +180,11 @@ func printStory(w io.Writer, s *wire.Story) error {
 	if len(s.Groups) > 0 {
 		rows = [][]string{{"\nGROUP", "STATE", "DELIVERIES", "LEASED", "UNTIL", "NEXT", "PARKED", "LAST ERROR"}}
 		for _, g := range s.Groups {
-			rows = append(rows, []string{printable(g.Group), g.State, strconv.FormatUint(uint64(g.Deliveries), 10), g.LeasedAt, g.LeasedUntil, g.NextAt, g.ParkedAt, g.LastError})
+			deliveries := strconv.FormatUint(uint64(g.Deliveries), 10)
+			if g.State == "acknowledged" {
+				deliveries = "" // an acknowledged message is a mark in its group, without a count
+			}
+			rows = append(rows, []string{printable(g.Group), g.State, deliveries, g.LeasedAt, g.LeasedUntil, g.NextAt, g.ParkedAt, g.LastError})
 		}
 		if err := table(w, rows); err != nil {
 			return err
