@@ -1165,6 +1165,12 @@ func (e *Engine) applyExec(in *reader, end uint32, res *Result) error {
 		if err := e.command(it.bytes, end-uint32(it.at), &r.Result); err != nil {
 			return err
 		}
+		if r.Result.Stream != nil && e.fx != nil && e.fx.Answer {
+			// What it gave may be removed further on in the same transaction.
+			if err := e.loadEntriesLocked(r.Result.Stream.pending()); err != nil {
+				return err
+			}
+		}
 	}
 	res.Stream = out
 	return nil
