@@ -210,7 +210,12 @@ func TestHistoryIsLinearizable(t *testing.T) {
 			thaw()
 		case "slow disk":
 			slow := m.logs[lead]
-			slow.SetSyncLatency(func() time.Duration { return time.Duration(rnd.IntN(30)) * time.Millisecond })
+			var one sync.Mutex // the disk's files are synced beside each other
+			slow.SetSyncLatency(func() time.Duration {
+				one.Lock()
+				defer one.Unlock()
+				return time.Duration(rnd.IntN(30)) * time.Millisecond
+			})
 			end = func() { slow.SetSyncLatency(nil) }
 		}
 		<-done

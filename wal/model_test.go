@@ -336,8 +336,8 @@ func TestMarkerFollowsAnIdleBatch(t *testing.T) {
 	w := mustOpen(t, Options{Dir: "/log", FS: d, SegmentSize: 64 << 10, MarkerDelay: time.Microsecond})
 	s := w.Shard(0)
 	before := w.Stats().Markers
+	s.StageCommit(1) // first: the batch is written as soon as it is there
 	lsn := appendTo(t, s, 1, 1, 10)
-	s.StageCommit(1)
 	must(t, w.WaitDurable(lsn, nil))
 	for w.Stats().Markers == before {
 		must(t, w.WaitDurable(w.Durable()+1, nil))
