@@ -418,6 +418,10 @@ func TestCrashReplay(t *testing.T) {
 	} else if testing.Short() {
 		seeds = 3
 	}
+	// A cursor was moved in a group that had not been folded to that time.
+	if _, err := crashRun(t, 1795348996249164643, 160, 40, breakRules{}); err != nil {
+		t.Errorf("seed 1795348996249164643: %v", err)
+	}
 	start := uint64(time.Now().UnixNano())
 	t.Logf("first seed %d", start)
 	total := 0

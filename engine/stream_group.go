@@ -396,8 +396,11 @@ func (e *Engine) lag(g *group, s streamShape) int64 {
 }
 
 // setPosition puts a group's cursor behind id.
+//
+// The group is folded first: what was spent by now is behind the cursor that it had, whenever that is noticed.
 func (e *Engine) setPosition(g *group, id StreamID) error {
 	t := g.topic
+	e.fold(g)
 	next := t.next
 	if id.less(t.last) {
 		if above, ok := StreamID.Next(id); ok {
