@@ -206,7 +206,7 @@ func dial(t testing.TB, addr string) *client {
 	}
 	t.Cleanup(func() { nc.Close() })
 	// No test waits for ever.
-	nc.SetDeadline(time.Now().Add(time.Minute))
+	nc.SetDeadline(time.Now().Add(2 * time.Minute))
 	return &client{t, nc, bufio.NewReader(nc)}
 }
 

@@ -26,7 +26,7 @@ func TestMain(m *testing.M) {
 }
 
 // testTimeout bounds everything a test waits for. It is a bound for broken code, not an assertion.
-const testTimeout = 60 * time.Second
+const testTimeout = 2 * time.Minute
 
 // cluster is three nodes in one process.
 type cluster struct {

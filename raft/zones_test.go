@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"tercet.dev/tercet/engine"
 	"tercet.dev/tercet/internal/errs"
 )
 
@@ -62,9 +63,19 @@ func TestAllWithAZoneLostAfterProposing(t *testing.T) {
 	n.policy.follow()
 	n.policyMu.Unlock()
 	c.stop(away)
-	ctx, cancel := context.WithTimeout(context.Background(), 300*time.Millisecond)
+	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	_, err := n.Propose(ctx, Proposal{Command: publishCommand("a", "x"), Require: AllZones})
+	result := make(chan error, 1)
+	go func() {
+		_, err := n.Propose(ctx, Proposal{Command: publishCommand("a", "x"), Require: AllZones})
+		result <- err
+	}()
+	c.eventually("the publish to be applied", func() bool {
+		a, err := n.Query(testContext(t), engine.Query{Kind: engine.QueryTopic, Topic: "a"})
+		return err == nil && len(a.Topics) == 1 && a.Topics[0].Next == 1
+	})
+	cancel() // its time is over
+	err := <-result
 	e, ok := errors.AsType[*errs.Error](err)
 	if !ok || e.Code != errs.OutcomeUnknown || e.Outcome() != errs.Unknown {
 		t.Fatalf("got %v", err)

@@ -170,7 +170,7 @@ func TestConnectionBound(t *testing.T) {
 // TestSlowClients runs clients that take their time against short timeouts.
 func TestSlowClients(t *testing.T) {
 	s, base := start(t, Options{Backend: newNode(t), Limits: Limits{
-		HeaderTimeout: 200 * time.Millisecond, IdleTimeout: 300 * time.Millisecond, BodyTimeout: time.Second,
+		HeaderTimeout: 2 * time.Second, IdleTimeout: 2 * time.Second, BodyTimeout: time.Second, // the clients' heads come in time on any machine
 		TransferGrace: 500 * time.Millisecond, TransferRate: 1 << 20, RequestTimeout: 500 * time.Millisecond,
 	}})
 	servertest.Slow(t, servertest.Target{URL: base})
@@ -187,7 +187,7 @@ func TestReaderThatNeverReads(t *testing.T) {
 	backend := &fakeBackend{propose: func(context.Context, raft.Proposal) (raft.Reply, error) {
 		return raft.Reply{Result: engine.Result{Deliveries: deliveries}}, nil
 	}}
-	s, base := start(t, Options{Backend: backend, Limits: Limits{TransferGrace: 100 * time.Millisecond, TransferRate: 100 << 20}})
+	s, base := start(t, Options{Backend: backend, Limits: Limits{TransferGrace: 3 * time.Second, TransferRate: 1 << 30}})
 	host := strings.TrimPrefix(base, "http://")
 	conn, err := net.Dial("tcp", host)
 	if err != nil {
@@ -202,7 +202,7 @@ func TestReaderThatNeverReads(t *testing.T) {
 
 // TestStalledClientsDisturbNobody: many bodies that never come, and requests beside them go through.
 func TestStalledClientsDisturbNobody(t *testing.T) {
-	s, base := start(t, Options{Backend: &fakeBackend{}, Limits: Limits{Requests: 10}})
+	s, base := start(t, Options{Backend: &fakeBackend{}, Limits: Limits{Requests: 10, HeaderTimeout: time.Hour, BodyTimeout: time.Hour, TransferGrace: time.Hour}})
 	host := strings.TrimPrefix(base, "http://")
 	const clients = 500
 	for range clients {
@@ -256,7 +256,7 @@ func TestDrain(t *testing.T) {
 	}
 	stopped := make(chan error, 1)
 	go func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 		defer cancel()
 		stopped <- s.Shutdown(ctx)
 	}()

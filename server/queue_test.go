@@ -635,7 +635,7 @@ func TestLongPoll(t *testing.T) {
 // waitFor waits for a condition that becomes true by itself.
 func waitFor(t testing.TB, condition func() bool) {
 	t.Helper()
-	deadline := time.After(30 * time.Second)
+	deadline := time.After(2 * time.Minute)
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
 	for !condition() {

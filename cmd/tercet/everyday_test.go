@@ -52,7 +52,7 @@ func await(t *testing.T, what string, holds func() bool) {
 	t.Helper()
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
-	for timeout := time.After(30 * time.Second); !holds(); {
+	for timeout := time.After(2 * time.Minute); !holds(); {
 		select {
 		case <-tick.C:
 		case <-timeout:

@@ -31,7 +31,7 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // patience bounds what tests wait for; it says nothing of how long things take.
-const patience = 30 * time.Second
+const patience = 2 * time.Minute
 
 // clock is a wall clock that tests move.
 type clock struct{ ahead atomic.Int64 }

@@ -19,7 +19,7 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // patience is how long a test waits for something that must happen before it gives up. Nothing is measured by it.
-const patience = 20 * time.Second
+const patience = 2 * time.Minute
 
 // rig is a store on a simulated disk.
 type rig struct {

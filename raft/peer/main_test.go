@@ -15,7 +15,7 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // patience is how long a test waits for something that must happen before it gives up. Nothing is measured by it.
-const patience = 20 * time.Second
+const patience = 2 * time.Minute
 
 func patient(t *testing.T) context.Context {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)

@@ -430,7 +430,7 @@ func TestSilenceIsATimeout(t *testing.T) {
 // TestKeepAlive: an idle connection whose other end lives is kept.
 func TestKeepAlive(t *testing.T) {
 	a, b := pair(t, handlerFunc(func(r *Request) { r.Reply() }), func(o *Options) {
-		o.Silence, o.KeepAlive = 2*time.Second, 5*time.Millisecond
+		o.Silence, o.KeepAlive = patience, 5*time.Millisecond
 	})
 	c := a.conn(t, b.ID(), Data)
 	at := a.LastHeard(b.ID())

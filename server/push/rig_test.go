@@ -26,7 +26,7 @@ import (
 )
 
 // patience bounds what tests wait for; it says nothing of how long things take.
-const patience = 20 * time.Second
+const patience = 2 * time.Minute
 
 // A rig is a node with its HTTP server and its dispatcher, and a client of both.
 type rig struct {

@@ -26,7 +26,7 @@ import (
 )
 
 // patience bounds every exchange, so that a hanging server is a failure and no hang.
-const patience = 90 * time.Second
+const patience = 3 * time.Minute
 
 // Target is a server under test.
 type Target struct {

@@ -16,7 +16,7 @@ import (
 )
 
 // startTimeout bounds the start of nodes. It is a bound for broken code, not an assertion.
-const startTimeout = 60 * time.Second
+const startTimeout = 3 * time.Minute
 
 // Nodes runs a cluster of size nodes in this process until the test ends, and returns them once all are ready and in
 // sync.

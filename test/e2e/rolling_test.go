@@ -13,7 +13,8 @@ import (
 func TestRollingRestart(t *testing.T) {
 	seed := harness.Seed(t)
 	c := harness.Start(t, harness.Options{})
-	load := workload.Start(t, c, workload.Options{Seed: seed})
+	// A client that gives up by itself does not know the outcome either: here none does.
+	load := workload.Start(t, c, workload.Options{Seed: seed, Timeout: time.Minute})
 	load.WaitPublished(100)
 	for range harness.Scale(1, 15) {
 		followers, leader := c.Followers()
@@ -30,6 +31,7 @@ func TestRollingRestart(t *testing.T) {
 			t.Errorf("%s leads again without having handed leadership on", leader.ID)
 		}
 	}
+	enough(load, 400)
 	h, r := load.Finish()
 	c.EqualHashes()
 	valid(t, r, 400)

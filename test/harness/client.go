@@ -58,12 +58,12 @@ func (n *Node) NewClient() *Client {
 func NewClient(base string) *Client {
 	return &Client{
 		Base:    base,
-		Timeout: 20 * time.Second,
+		Timeout: time.Minute,
 		http: &http.Client{
 			Transport: &http.Transport{
 				MaxIdleConnsPerHost: 64,
 				IdleConnTimeout:     30 * time.Second,
-				DialContext:         (&net.Dialer{Timeout: 2 * time.Second}).DialContext,
+				DialContext:         (&net.Dialer{Timeout: 10 * time.Second}).DialContext,
 			},
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},

@@ -153,7 +153,7 @@ func (l *Load) Finish() (*history.History, *history.Report) {
 	l.tb.Helper()
 	l.publishing.Store(false)
 	l.publishers.Wait()
-	limit := time.Now().Add(2 * time.Minute)
+	limit := time.Now().Add(5 * time.Minute)
 	l.deadline.Store(&limit)
 	l.Recorder.Mark("drain")
 	l.draining.Store(true)
@@ -162,7 +162,7 @@ func (l *Load) Finish() (*history.History, *history.Report) {
 	l.finished = true
 	l.hashes.Stop(l.tb)
 	if n := l.undrained.Load(); n > 0 {
-		l.tb.Errorf("%d consumers could not drain their group in two minutes", n)
+		l.tb.Errorf("%d consumers could not drain their group in five minutes", n)
 	}
 	h := l.Recorder.History()
 	r := history.Check(h)
@@ -313,6 +313,9 @@ func (w *consumer) run(ctx context.Context) {
 		final := l.draining.Load()
 		w.runTasks(ctx, final)
 		lease := leases[w.rng.IntN(len(leases))]
+		if w.load.opts.Faithful {
+			lease = 10 * time.Minute // none runs out, however slow the machine is
+		}
 		wait := time.Second
 		if final {
 			// Long enough for each lease that somebody may still hold to end meanwhile.

@@ -133,6 +133,7 @@ func (r *Server) Client() valkey.Client {
 // Until calls f until it succeeds.
 func Until(t *testing.T, limit time.Duration, what string, f func() error) {
 	t.Helper()
+	limit *= 4 // a bound against hanging: machines are busy and their caches cold
 	deadline := time.After(limit)
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()

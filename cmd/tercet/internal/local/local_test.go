@@ -113,7 +113,7 @@ func start(t *testing.T, mode string, o Options) (*Cluster, func() string) {
 
 func waitInSync(t *testing.T, c *Cluster) Status {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	s, err := c.WaitInSync(ctx)
 	if err != nil {
@@ -127,7 +127,7 @@ func await(t *testing.T, what string, holds func() bool) {
 	t.Helper()
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
-	for timeout := time.After(30 * time.Second); !holds(); {
+	for timeout := time.After(2 * time.Minute); !holds(); {
 		select {
 		case <-tick.C:
 		case <-timeout:
