@@ -136,7 +136,7 @@ func (e *Engine) query(q *Query) (Answer, []uint64, error) {
 		}
 		info, err := e.groupInfo(g, q.Deployment, now)
 		if err == nil && q.DrainRate > 0 {
-			info.Expiring, err = e.expiring(t, g.next, q.DrainRate, now)
+			info.Expiring, err = e.expiring(g, q.Deployment, q.DrainRate, now)
 		}
 		a.Groups = []GroupInfo{info}
 		return a, nil, err

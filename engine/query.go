@@ -1,6 +1,9 @@
 package engine
 
-import "time"
+import (
+	"math"
+	"time"
+)
 
 // QueryKind says what a Query asks for.
 type QueryKind uint8
@@ -34,6 +37,9 @@ const (
 	QueryDelayed QueryKind = 11
 )
 
+// DrainNone is the Query.DrainRate of a group that takes nothing.
+const DrainNone = math.MaxUint64
+
 // Query is a read of the applied state. It can be encoded, since a follower passes it to the leader.
 type Query struct {
 	Kind         QueryKind
@@ -55,8 +61,8 @@ type Query struct {
 	// Filter restricts QueryBrowse and QueryDelayed, Parked restricts QueryParked.
 	Filter MessageFilter
 	Parked ParkedFilter
-	// DrainRate is how many messages the group of a QueryGroup takes in 1000 seconds: the answer then says how
-	// many will expire before they are reached.
+	// DrainRate is how many messages the group of a QueryGroup is given for the first time in 1000 seconds: the
+	// answer then says how many will expire before they are reached. DrainNone is a group that is given nothing.
 	DrainRate uint64
 	// Wait makes a QueryStreamRead that finds nothing wait this long for something to come, on the node that leads. The
 	// engine does not look at it. A stream that has become another kind of key counts as empty then.
@@ -120,8 +126,8 @@ type GroupInfo struct {
 	OldestAt int64
 	// Parked counts what the group gave up and keeps. Unsettled does not count it.
 	Parked int
-	// Expiring counts messages that will expire before the group reaches them at Query.DrainRate; 0 unless that
-	// was given.
+	// Expiring counts messages that the group was never given and that will expire before it reaches them at
+	// Query.DrainRate; 0 unless that was given. What its receives leave alone is not among them.
 	Expiring uint64
 	Settings GroupSettings
 }

@@ -233,6 +233,26 @@ func (m *queueModel) order(t *qTopic, g *qGroup, dep string) (fresh, retried []i
 	return fresh, retried
 }
 
+// expiring counts what expires before it is reached when so many are taken in 1000 seconds.
+func (m *queueModel) expiring(t *qTopic, g *qGroup, dep string, rate uint64) (count uint64) {
+	if dep == "" {
+		dep = g.settings.Deployment
+	}
+	rank := int64(0)
+	for off := g.start; off < len(t.messages); off++ {
+		x := t.messages[off]
+		if x.gone || x.expiry <= m.now || g.given[off] != nil || g.done[off] || !g.sees(dep, x.dep) {
+			continue
+		}
+		rank++
+		late := rate == DrainNone || max(m.now+rank*1_000_000/int64(rate), m.held(g, x)) >= x.expiry
+		if x.expiry != never && (late || t.settings.Paused || g.settings.Paused) {
+			count++
+		}
+	}
+	return count
+}
+
 func (m *queueModel) deliverable(t *qTopic, g *qGroup, dep string) bool {
 	if dep == "" {
 		dep = g.settings.Deployment
@@ -1062,7 +1082,8 @@ func keyLife(x *qMessage) int64 {
 	return x.expiry - x.published
 }
 
-// inspect compares what is said of a group's deployment, and its states message by message.
+// inspect compares what is said of a group's deployment with the states message by message, and how many of the messages
+// that the group's receives will be given expire before that.
 func (q *queueMachine) inspect(rt *rapid.T, topic, group, dep string) {
 	t := q.m.topics[topic]
 	if t == nil || t.groups[group] == nil {
@@ -1092,6 +1113,18 @@ func (q *queueMachine) inspect(rt *rapid.T, topic, group, dep string) {
 	if i := a.Groups[0]; int(i.Ready) != ready || i.Unsettled != unsettled || i.Parked != parked {
 		rt.Fatalf("%s/%s of %q: ready %d unsettled %d parked %d, want %d %d %d", topic, group, dep, i.Ready, i.Unsettled, i.Parked, ready, unsettled, parked)
 	}
+	rate := rapid.SampledFrom([]uint64{1, 100, 500, 10_000, DrainNone}).Draw(rt, "rate")
+	for _, asked := range []string{"", dep} {
+		a, err := q.l.e.Query(Query{Kind: QueryGroup, Topic: topic, Group: group, Deployment: asked, Max: 1, DrainRate: rate})
+		if err != nil {
+			rt.Fatal(err)
+		}
+		if got, want := a.Groups[0].Expiring, q.m.expiring(t, g, asked, rate); got != want {
+			rt.Fatalf("%s/%s of %q at %d: %d expire unreached, want %d", topic, group, asked, rate, got, want)
+		} else if want > 0 {
+			q.hits["expiring"]++
+		}
+	}
 	q.hits["inspected"]++
 }
 
@@ -1102,7 +1135,7 @@ func TestQueueModel(t *testing.T) {
 	setRapid(t, 120, 8000)
 	checkUntil(t, queueModelRun, "*engine.Receive ok", "*engine.Receive concurrency_limit", "*engine.ReceiveID ok", "*engine.ReceiveID duplicate", "*engine.ReceiveID not_yet_visible",
 		"*engine.ReceiveID parked", "*engine.ReceiveID paused", "*engine.Publish topic_full", "*engine.Delayed ok", "*engine.Delayed conflict", "*engine.UploadCommit ok",
-		"*engine.UploadPart upload_not_found", "*engine.TopicDelete ok", "*engine.Purge ok", "duplicate", "parked op 1", "parked op 2", "large", "outlived", "of x", "inspected", "waited", "crash")
+		"*engine.UploadPart upload_not_found", "*engine.TopicDelete ok", "*engine.Purge ok", "duplicate", "parked op 1", "parked op 2", "large", "outlived", "of x", "inspected", "expiring", "waited", "crash")
 }
 
 func queueModelRun(rt *rapid.T, hits map[string]int) {

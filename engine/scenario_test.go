@@ -222,7 +222,9 @@ func (s *scenario) query(d *datadriven.TestData, words func(int) []string, arg f
 	if v, ok := arg("until"); ok {
 		q.Filter.Until = testStart.Wall + dur(v).Milliseconds()
 	}
-	if v, ok := arg("rate"); ok {
+	if v, ok := arg("rate"); ok && v == "none" {
+		q.DrainRate = DrainNone
+	} else if ok {
 		q.DrainRate = num(v)
 	}
 	switch d.Cmd {

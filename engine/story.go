@@ -172,35 +172,58 @@ func (a *Answer) finish(q *Query) {
 	}
 }
 
-// expiring counts the messages from off on that expire before they are reached, if rate of them are taken in
-// 1000 seconds. It visits whole blocks and no more of them than browseLooks; beyond, what it saw is extrapolated.
-func (e *Engine) expiring(t *topic, off uint64, rate uint64, now int64) (uint64, error) {
-	var count, rank, looks uint64
-	var hint *block
-	for {
-		b, i, err := e.firstLive(t, hint, off, now, false)
-		if err != nil {
-			return 0, err
+// expiring counts the messages which the group was never given, of those that its receives are given, that expire
+// before it comes to them: the n-th is reached when n were taken at rate in 1000 seconds, and not while the group's
+// settings keep it back; a paused group, or one that takes nothing, reaches none. It looks at so many blocks and messages; beyond, what it saw is
+// extrapolated.
+func (e *Engine) expiring(g *group, deployed string, rate uint64, now int64) (uint64, error) {
+	t, dep := g.topic, deployment(g.named(deployed))
+	next := func(off uint64) (b *block, i uint32, err error) {
+		if dep != 0 {
+			b, i, _, err = e.unreadOf(g, dep, off, now)
+			return b, i, err
 		}
-		if b == nil {
-			return count, nil
+		if off < g.next && g.behind > 0 {
+			if b, i, err = e.behindFrom(g, off, now); b != nil || err != nil {
+				return b, i, err
+			}
+		}
+		return e.fresh(g, max(off, g.next), now, false)
+	}
+	none := g.paused() || rate == DrainNone
+	var count, rank, first, off uint64
+	for looks := 2 * looksMax; looks > 0 && rank < 100*browseLooks; looks-- {
+		b, i, err := next(off)
+		if err != nil || b == nil {
+			return count, err
+		}
+		if rank == 0 {
+			first = b.base + uint64(i)
 		}
 		for ; i < b.count; i++ {
-			rank++
-			looks++
 			x := b.expiry(i)
-			if x <= now || x == never {
+			if x <= now || !g.gives(dep, b, i) {
 				continue
 			}
-			if rate == 0 || rank*1_000_000/rate > uint64(x-now) {
+			rank++
+			reached := max(int64(rank*1_000_000/rate), g.held(b, i)-now)
+			if x != never && (none || reached >= x-now) {
 				count++
 			}
 		}
-		hint, off = b, b.end()
-		if looks >= 100*browseLooks {
-			return count * (t.next - off + rank) / rank, nil
-		}
+		off = b.end()
 	}
+	return count * (t.next - first) / max(off-first, 1), nil
+}
+
+// gives reports whether a message that lives is new to the group's receives of a deployment, or to those that name none.
+func (g *group) gives(dep uint64, b *block, i uint32) bool {
+	off, of := b.base+uint64(i), b.dep(i)
+	if dep != 0 && of != dep || dep == 0 && g.excluded(of) || g.topic.removed(off) || g.passed(off, of) || g.find(off) != nil {
+		return false
+	}
+	_, _, after := g.unread(of, off)
+	return after.less(b.streamOf(i))
 }
 
 // waitingMessage describes a delayed message that has not matured.

@@ -23,11 +23,21 @@ const (
 	ratesMax = 4096
 )
 
-// sample is one look at a group.
+// sample is one look at a group. Its counters are replicated: they go on through a change of the leader.
 type sample struct {
-	at                               time.Time
-	incarnation                      uint64
-	published, acknowledged, reached uint64
+	at                             time.Time
+	incarnation                    uint64
+	arrived, acknowledged, reached uint64
+}
+
+// sampleOf notes what has become visible to the group, was acknowledged, and was delivered for the first time. A group
+// that is a deployment's has no counter of what arrived: that is what was delivered and what waits.
+func sampleOf(t *engine.TopicInfo, g *engine.GroupInfo, at time.Time) sample {
+	s := sample{at: at, incarnation: g.Incarnation, arrived: t.Next, acknowledged: g.Acknowledged, reached: g.Delivered - g.Redelivered}
+	if g.Settings.Deployment != "" {
+		s.arrived = g.Ready + s.reached
+	}
+	return s
 }
 
 // rates are the looks that are kept, two for each group: the one to compare with, and its successor.
@@ -72,7 +82,7 @@ func (x *exchange) groupRates(ctx context.Context) (*engine.GroupInfo, *wire.Gro
 		if e != nil {
 			return nil, nil, e
 		}
-		now := sample{at: time.Now(), incarnation: g.Incarnation, published: t.Published, acknowledged: g.Acknowledged, reached: g.Delivered - g.Redelivered}
+		now := sampleOf(t, g, time.Now())
 		base, ok := x.s.rates.compare(key, now)
 		if !ok {
 			timer := time.NewTimer(rateFirst)
@@ -92,7 +102,7 @@ func (x *exchange) groupRates(ctx context.Context) (*engine.GroupInfo, *wire.Gro
 			return math.Round(float64(later-earlier)/over*1000) / 1000
 		}
 		r := &wire.GroupRates{
-			OverSeconds: math.Round(over*1000) / 1000, ArrivalPerSecond: per(now.published, base.published), DrainPerSecond: per(now.acknowledged, base.acknowledged),
+			OverSeconds: math.Round(over*1000) / 1000, ArrivalPerSecond: per(now.arrived, base.arrived), DrainPerSecond: per(now.acknowledged, base.acknowledged),
 			ReachedPerSecond: per(now.reached, base.reached), Delayed: t.Delayed,
 		}
 		depth := float64(g.Ready) + float64(g.Unsettled)
@@ -103,8 +113,10 @@ func (x *exchange) groupRates(ctx context.Context) (*engine.GroupInfo, *wire.Gro
 			}
 			r.SecondsToDrain = &seconds
 		}
-		// A group that takes nothing reaches nothing: the slowest rate the engine knows stands for none.
-		drain := max(uint64(r.ReachedPerSecond*1000), 1)
+		drain := uint64(r.ReachedPerSecond * 1000)
+		if drain == 0 {
+			drain = engine.DrainNone
+		}
 		answer, e := x.look(ctx, engine.Query{Kind: engine.QueryGroup, Topic: x.topic, Group: x.group, Max: 1, DrainRate: drain})
 		if e != nil {
 			return nil, nil, e

@@ -233,7 +233,8 @@ type Group struct {
 type GroupRates struct {
 	// OverSeconds is how long that was.
 	OverSeconds float64 `json:"overSeconds"`
-	// ArrivalPerSecond counts publishes, DrainPerSecond acknowledgements, ReachedPerSecond first deliveries.
+	// ArrivalPerSecond counts messages that became visible, DrainPerSecond acknowledgements, ReachedPerSecond first
+	// deliveries.
 	ArrivalPerSecond float64 `json:"arrivalPerSecond"`
 	DrainPerSecond   float64 `json:"drainPerSecond"`
 	ReachedPerSecond float64 `json:"reachedPerSecond"`
@@ -241,7 +242,8 @@ type GroupRates struct {
 	SecondsToDrain *float64 `json:"secondsToDrain,omitempty"`
 	// Delayed counts messages of the topic that are not visible yet.
 	Delayed uint64 `json:"delayed"`
-	// ExpiringUnreached counts messages that will expire before the group reaches them at this rate.
+	// ExpiringUnreached counts messages that the group was never given and that will expire before it comes to them if
+	// first deliveries go on at ReachedPerSecond. A paused group comes to none.
 	ExpiringUnreached uint64 `json:"expiringUnreached"`
 }
 
