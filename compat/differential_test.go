@@ -334,10 +334,15 @@ func (g *generator) command() step {
 		{2, func() step { return step{"TYPE", g.key()} }},
 		{1, func() step { return step{"RENAME", g.key(), g.key()} }},
 		{1, func() step { return step{"RENAMENX", g.key(), g.key()} }},
-		{0, func() step {
-			s := step{"COPY", g.key(), g.key()}
-			if g.chance(50) {
-				s = append(s, "REPLACE")
+		{3, func() step {
+			s := step{"COPY", g.key(), g.pick("s1", "s2", "s3", "str")}
+			for _, o := range [][]string{{"REPLACE"}, {"DB", g.pick("0", "0", "0", "x")}} {
+				if g.chance(50) {
+					s = append(s, o...)
+				}
+			}
+			if g.chance(2) {
+				s = append(s, "BOGUS")
 			}
 			return s
 		}},
@@ -629,7 +634,9 @@ func touches(s step) []string {
 			return s[2:3]
 		}
 	case "RENAME", "RENAMENX", "COPY":
-		return s[1:3]
+		if len(s) > 2 {
+			return s[1:3]
+		}
 	}
 	return nil
 }

@@ -141,7 +141,7 @@ func chainHash(chain, index uint64, entry []byte) uint64 {
 func (e *Engine) begin(index, term uint64, entry []byte, fx *Effects) {
 	e.index, e.term = index, term
 	e.applying, e.entry, e.fx = true, entry, fx
-	e.pos, e.advance = 0, 0
+	e.pos, e.advance, e.copied = 0, 0, 0
 	e.open, e.touched = e.open[:0], e.touched[:0]
 	e.staging, e.newKeys, e.newParts, e.newLarge = e.staging[:0], e.newKeys[:0], e.newParts[:0], e.newLarge[:0]
 }

@@ -114,6 +114,9 @@ func (e *Engine) keep(entry []byte, blocks []*block) {
 		t := e.byInc[b.topic]
 		t.recent = append(t.recent, b)
 		records += 4 * int64(cap(b.starts))
+		if b.own {
+			records += int64(cap(b.data))
+		}
 	}
 	e.recent = append(e.recent, recentEntry{bytes: int64(cap(entry)) + records, blocks: blocks})
 	e.recentBytes += int64(cap(entry)) + records
@@ -422,6 +425,11 @@ func contentType(b []byte) string {
 
 // fill puts the contents of a record into a delivery.
 func (d *Delivery) fill(rec *record) {
+	if d.copy != nil {
+		d.copy.take(rec)
+		d.Body = []byte{}
+		return
+	}
 	if d.asFields {
 		d.fields, d.Body = rec.fields(), []byte{}
 		return

@@ -131,6 +131,7 @@ type Engine struct {
 	newKeys         []newKey
 	newParts        []part
 	newLarge        []largeEnd
+	copied          int64    // bytes that the entry's COPYs took
 	intake          IntakeID // of the command being applied
 	scratch         []Delivery
 	touched         []*group

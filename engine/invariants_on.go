@@ -92,7 +92,7 @@ func (e *Engine) checkGroup(g *group, assert func(bool, string, ...any)) {
 			assert(l.state != settledAhead || !g.passed(off, l.dep), "I6", g.name, off)
 			assert(l.epoch > 0 && l.epoch <= g.epoch && !epochs[l.epoch], "I7", g.name, off, l.epoch)
 			epochs[l.epoch] = true
-			assert((l.count > 0 || g.consumerCount > 0) && l.granted <= e.stamp.Cluster, "I7", g.name, off)
+			assert((l.count > 0 || l.state == released || g.consumerCount > 0) && l.granted <= e.stamp.Cluster, "I7", g.name, off)
 			assert(l.expiry == never || expiring[timer{l.expiry, off}], "I8", g.name, off)
 			switch {
 			case l.idle():

@@ -143,11 +143,15 @@ func (e *Engine) publishAt(t *topic, at StreamID, res *Result) error {
 		} else if b.deps != nil {
 			b.addDep(0)
 		}
-		b.starts = append(b.starts, h.start)
-		if k := len(t.segs); k > 0 && t.segs[k-1].to == h.start {
-			t.segs[k-1].to = h.start + h.size
+		if b.own {
+			b.starts = append(b.starts, b.ownRecord(e.entry, h.start, h.size))
 		} else {
-			t.segs = append(t.segs, segment{h.start, h.start + h.size})
+			b.starts = append(b.starts, h.start)
+			if k := len(t.segs); k > 0 && t.segs[k-1].to == h.start {
+				t.segs[k-1].to = h.start + h.size
+			} else {
+				t.segs = append(t.segs, segment{h.start, h.start + h.size})
+			}
 		}
 		t.bytes += uint64(h.size)
 		t.noted(b.expiry(b.count - 1))
@@ -363,8 +367,12 @@ func (e *Engine) putBlock(batch *pebble.Batch, t *topic, entry []byte) {
 	b.at = e.packs.cur.add(b, func(dst []byte) []byte {
 		dst = payloadHead(dst, b.count)
 		from := len(dst)
-		for _, s := range t.segs {
-			dst = append(dst, entry[s.from:s.to]...)
+		if b.own {
+			dst = append(dst, b.data...)
+		} else {
+			for _, s := range t.segs {
+				dst = append(dst, entry[s.from:s.to]...)
+			}
 		}
 		if n := len(dst) - from; n != int(b.bytes) {
 			panic(fmt.Sprintf("engine: block of %d bytes has %d", b.bytes, n)) // I4: sizes were counted from the same bytes

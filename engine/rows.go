@@ -99,9 +99,11 @@ type block struct {
 	// at is where the payload stood when the header was written or read; blocks of references have none.
 	at place
 
-	// data and starts are set while the entry is kept in memory: where each record begins in it.
+	// data and starts are set while the entry is kept in memory: where each record begins in it. A block that COPY made
+	// has bytes of its own instead of the entry's.
 	data   []byte
 	starts []uint32
+	own    bool
 }
 
 func (b *block) end() uint64 { return b.base + uint64(b.count) }

@@ -45,7 +45,7 @@ func (e *Engine) applyStream(kind Kind, in *reader, end uint32, res *Result) err
 	case *KeyRename:
 		e.applyKeyRename(c, res)
 	case *KeyCopy:
-		return e.applyKeyCopy(c, end, res)
+		return e.applyKeyCopy(c, res)
 	case *KeyExpire:
 		e.applyKeyExpire(c, res)
 	case *StringSet:

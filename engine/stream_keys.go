@@ -374,25 +374,3 @@ func (e *Engine) applyFlush() {
 	}
 	e.keyGone()
 }
-
-// applyKeyCopy is COPY: a new topic with all that exists of the old one in one block, its groups and their pending
-// lists. The records are read while applying, which is why their size is bounded.
-func (e *Engine) applyKeyCopy(c *KeyCopy, end uint32, res *Result) error {
-	if !e.exists(c.From) || c.From == c.To || e.exists(c.To) && !c.Replace {
-		return nil
-	}
-	if len(c.To) == 0 || len(c.To) > limits.KeyBytesMax {
-		res.Code = errs.InvalidName
-		return nil
-	}
-	if s := e.strings[c.From]; s != nil {
-		set := &StringSet{Key: c.To, Value: s.value, When: Always}
-		if s.expireAt != 0 {
-			set.By = Deadline{Set: true, Absolute: true, Ms: e.stamp.Wall + s.expireAt - e.stamp.Cluster}
-		}
-		e.applyStringSet(set, res)
-		return nil
-	}
-	res.Code = errs.Unsupported
-	return nil
-}

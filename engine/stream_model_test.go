@@ -405,6 +405,24 @@ func (m *refModel) apply(c Command) string {
 		delete(m.keys, c.From)
 		m.keys[c.To] = s
 		return "1"
+	case *KeyCopy:
+		s := m.get(c.From)
+		if s == nil || c.From == c.To || m.get(c.To) != nil && !c.Replace {
+			return "0"
+		}
+		n := *s
+		n.entries = slices.Clone(s.entries)
+		n.groups = make(map[string]*refGroup)
+		for name, g := range s.groups {
+			h := &refGroup{last: g.last, read: g.read, pel: make(map[StreamID]*refPending), consumers: maps.Clone(g.consumers)}
+			for id, p := range g.pel {
+				one := *p
+				h.pel[id] = &one
+			}
+			n.groups[name] = h
+		}
+		m.keys[c.To] = &n
+		return "1"
 	case *KeyExpire:
 		s := m.get(c.Key)
 		if s == nil {
@@ -638,6 +656,8 @@ func randomStreamCommand(r *rand.Rand, m *refModel, keys []string) Command {
 		return &KeyDelete{Keys: []string{key}}
 	case n < 96:
 		return &KeyRename{From: key, To: keys[r.IntN(len(keys))]}
+	case n < 98:
+		return &KeyCopy{From: key, To: keys[r.IntN(len(keys))], Replace: r.IntN(3) > 0}
 	default:
 		return &KeyExpire{Key: key, By: Deadline{Set: true, Ms: int64(1 + r.IntN(20000))}}
 	}
@@ -687,7 +707,7 @@ func streamModelRun(t *testing.T, seed uint64, steps int) {
 		for range 1 + r.IntN(3) {
 			c := randomStreamCommand(r, m, keys)
 			switch c.(type) {
-			case *KeyDelete, *KeyRename:
+			case *KeyDelete, *KeyRename, *KeyCopy:
 				// What was given earlier in the entry that drops the key cannot be loaded any more: see DESIGN.md.
 				if len(cmds) > 0 {
 					continue

@@ -125,6 +125,9 @@ func (s *streamCommands) draw() Command {
 	case 36, 37:
 		return &StringSet{Key: "string", Value: []byte{byte(rng.Uint32())}, By: Deadline{Set: rng.IntN(2) == 0, Ms: int64(1 + rng.IntN(30_000))}, Get: rng.IntN(2) == 0}
 	case 38:
+		if rng.IntN(2) == 0 {
+			return &KeyCopy{From: key, To: []string{"a", "b", "c"}[rng.IntN(3)], Replace: rng.IntN(3) > 0}
+		}
 		return &KeyCopy{From: "string", To: "copy", Replace: rng.IntN(2) == 0}
 	default:
 		return &StringGetDel{Key: "copy"}

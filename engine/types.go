@@ -321,6 +321,8 @@ type Delivery struct {
 	// asFields asks Load for names and values in turn instead.
 	asFields bool
 	fields   [][]byte
+	// copy asks for the record itself.
+	copy *recordCopy
 }
 
 // Effects is what one Apply changed that the leader acts upon; followers ignore it. It is reused: Apply

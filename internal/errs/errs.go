@@ -82,6 +82,7 @@ const (
 	ReservedConsumer
 	MemoryLimit
 	Parked
+	CopyTooLarge
 	codeCount
 )
 
@@ -158,6 +159,7 @@ var catalogue = [codeCount]Info{
 	KeyChanged:          {"key_changed", 409, None, "a watched key has changed", "read it again and repeat the transaction"},
 	ReservedConsumer:    {"reserved_consumer", 400, None, "the consumer's name stands for the leases of the queue protocol", "use another name"},
 	MemoryLimit:         {"memory_limit", 429, None, "the request needs more memory than the cluster keeps for such values", "delete keys, or use smaller values"},
+	CopyTooLarge:        {"copy_too_large", 413, None, "the stream is too large for COPY, which takes 100000 entries and 16 MiB", "trim it first, or read it and add its entries elsewhere"},
 }
 
 // Info returns the catalogue's entry; an unknown code reads as Internal.

@@ -89,8 +89,10 @@ const (
 	StringBytesMax = 1 << 20
 	// StringsBytesMax bounds all such keys together, which are kept in memory, with 128 bytes for each beyond name and value.
 	StringsBytesMax = 64 << 20
-	// CopyBytesMax bounds what COPY copies at once.
-	CopyBytesMax = 4 << 20
+	// CopyBytesMax bounds the bytes of a stream that COPY copies, and of all that one entry of the log copies.
+	CopyBytesMax = 16 << 20
+	// CopyEntriesMax bounds the entries of a stream that COPY copies; with pending entries, consumers and groups they may be twice as many.
+	CopyEntriesMax = 100_000
 	// ReasonBytesMax bounds the reason given with a release.
 	ReasonBytesMax = 1 << 10
 	// ReasonsPerGroupBytesMax bounds the reasons that a group keeps; later ones are dropped.
