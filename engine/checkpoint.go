@@ -46,8 +46,11 @@ func (e *Engine) checkpoint() (Meta, error) {
 	}
 	e.mu.Lock()
 	s := e.cloneState()
-	packs := e.takePacks(batch, rewritten)
-	kept, err := e.gatherKept(batch)
+	packs, err := e.takePacks(batch, rewritten)
+	var kept []keptItem
+	if err == nil {
+		kept, err = e.gatherKept(batch)
+	}
 	if err == nil {
 		err = e.encodeDirty(batch)
 	}

@@ -32,6 +32,8 @@ type Options struct {
 	// From then on Apply, Checkpoint and Load return the error. It must not call back into the Engine. The
 	// default does nothing more.
 	OnFatal func(error)
+	// Spawn runs a function beside its caller, to write files that nobody waits for. The default runs it at once.
+	Spawn func(func())
 
 	packBytes int64  // where a pack ends; for tests
 	fatal     func() // called instead of panicking where Pebble cannot go on; for tests, must not return
@@ -52,6 +54,9 @@ func (o *Options) defaults() {
 	def(&o.CheckpointLogBytes, 128<<20)
 	def(&o.CheckpointDirtyBytes, 32<<20)
 	def(&o.packBytes, packBytes)
+	if o.Spawn == nil {
+		o.Spawn = func(f func()) { f() }
+	}
 	if o.Logger == nil {
 		o.Logger = hclog.NewNullLogger()
 	}

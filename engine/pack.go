@@ -15,12 +15,12 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 )
 
-// Payloads stand in packs: files beside Pebble's that are only appended to, one write an entry. A block's header
-// says where its payload is. A pack goes when its last message has expired; one of which less than a quarter is alive is
+// Payloads stand in packs: files beside Pebble's that are only appended to, a chunk at a time. A block's header says
+// where its payload is. A pack goes when its last message has expired; one of which less than a quarter is alive is
 // rewritten at a checkpoint.
 //
-// A pack is synced before the checkpoint that lists it is committed, and what is listed is read up to the listed size
-// only: what stands behind that, and packs that are not listed, are of entries that the log brings again.
+// A pack is written and synced before the checkpoint that lists it is committed, and what is listed is read up to the
+// listed size only: what stands behind that, and packs that are not listed, are of entries that the log brings again.
 
 const (
 	packPrefix = "pack-"
@@ -31,9 +31,6 @@ const (
 	packBytes = 64 << 20
 	// packHandles is how many packs are open for reading at most.
 	packHandles = 64
-	// packSyncBytes is how much is written before the system is asked to begin bringing it to the disk, so that a
-	// checkpoint finds little left to do.
-	packSyncBytes = 1 << 20
 	// packLookMillis is how long at least, in cluster time, lies between two looks for what explicit removals have left.
 	packLookMillis = 60_000
 )
@@ -93,15 +90,18 @@ func (r *reader) place() place {
 // packWriter appends to one pack.
 type packWriter struct {
 	*pack
-	f   vfs.File
-	buf []byte
+	q *packQueue
+	packPart
 }
 
-// add puts a block's payload behind what the next write brings and says where it will stand.
+// add puts a block's payload behind what was added before and says where it stands.
 func (w *packWriter) add(b *block, payload func(dst []byte) []byte) place {
+	if room := packHead + 16 + int(b.bytes); cap(w.buf)-len(w.buf) < room {
+		grown := w.q.buffer(max(len(w.buf)+room, packChunk+packChunk/4))
+		w.buf = append(grown, w.buf...)
+	}
 	at := len(w.buf)
-	buf := slices.Grow(w.buf, packHead+16+int(b.bytes))
-	buf = append(buf, make([]byte, packHead)...)
+	buf := append(w.buf, make([]byte, packHead)...)
 	buf = payload(buf)
 	head := buf[at:]
 	length := uint32(len(head) - packHead)
@@ -110,24 +110,20 @@ func (w *packWriter) add(b *block, payload func(dst []byte) []byte) place {
 	binary.LittleEndian.PutUint32(head[24:], length)
 	binary.LittleEndian.PutUint64(head, xxhash.Sum64(head[8:]))
 	w.buf = buf
+	w.size = w.start + uint64(len(buf))
 	w.expiry = max(w.expiry, b.lastExpiry)
-	return place{pack: w.number, offset: w.size + uint64(at), length: length}
+	return place{pack: w.number, offset: w.start + uint64(at), length: length}
 }
 
-// write writes what was added.
-func (w *packWriter) write() error {
-	n, err := w.f.Write(w.buf)
-	if err == nil && n != len(w.buf) {
-		err = io.ErrShortWrite
+// write has what was added written, if it is a chunk by now or has to be on its way.
+func (w *packWriter) write(now bool) error {
+	if len(w.buf) == 0 || !now && len(w.buf) < packChunk {
+		return nil
 	}
-	if err != nil {
-		return fmt.Errorf("writing %s: %w", packName(w.number), err)
-	}
-	w.size += uint64(n)
-	if w.buf = w.buf[:0]; cap(w.buf) > 4<<20 {
-		w.buf = nil
-	}
-	return nil
+	c := w.packPart
+	w.start += uint64(alignUp(len(w.buf)))
+	w.size, w.buf = w.start, nil
+	return w.q.hand(c)
 }
 
 // packs are the packs of one generation.
@@ -135,12 +131,13 @@ type packs struct {
 	fs    vfs.FS
 	dir   string
 	limit uint64
+	queue *packQueue
 
 	// Guarded by Engine.mu.
 
 	list map[uint64]*pack
 	cur  *packWriter
-	// sealed are files that are complete and were not synced yet, made tells that the directory was not.
+	// sealed are files to which nothing is added any more and that were not synced yet, made tells that the directory was not.
 	sealed []vfs.File
 	made   bool
 	last   uint64 // the highest number in use
@@ -158,8 +155,8 @@ type packs struct {
 	open map[uint64]vfs.File
 }
 
-func newPacks(fs vfs.FS, dir string, limit int64) *packs {
-	return &packs{fs: fs, dir: dir, limit: uint64(limit), list: make(map[uint64]*pack), open: make(map[uint64]vfs.File)}
+func newPacks(fs vfs.FS, dir string, limit int64, queue *packQueue) *packs {
+	return &packs{fs: fs, dir: dir, limit: uint64(limit), queue: queue, list: make(map[uint64]*pack), open: make(map[uint64]vfs.File)}
 }
 
 func (p *packs) path(number uint64) string { return p.fs.PathJoin(p.dir, packName(number)) }
@@ -174,26 +171,52 @@ func (p *packs) create() (*packWriter, error) {
 	p.made = true
 	k := &pack{number: p.last}
 	p.list[k.number] = k
-	return &packWriter{pack: k, f: vfs.NewSyncingFile(f, vfs.SyncingFileOptions{NoSyncOnClose: true, BytesPerSync: packSyncBytes})}, nil
+	return &packWriter{pack: k, q: p.queue, packPart: packPart{f: openPast(f), pack: k.number}}, nil
 }
+
+// throughCache has the system begin to write what it is given, so that a checkpoint finds little left to do.
+func throughCache(f vfs.File) vfs.File {
+	return cachedFile{vfs.NewSyncingFile(f, vfs.SyncingFileOptions{NoSyncOnClose: true, BytesPerSync: packChunk})}
+}
+
+// cachedFile writes a copy: a vfs.File may change what it is given, and readers look at it meanwhile.
+type cachedFile struct{ vfs.File }
+
+func (f cachedFile) Write(b []byte) (int, error) { return f.File.Write(slices.Clone(b)) }
 
 // begin makes sure that there is a pack with room.
 func (p *packs) begin() (err error) {
 	if p.cur != nil && p.cur.size >= p.limit {
-		p.sealed = append(p.sealed, p.cur.f)
-		p.cur = nil
+		err = p.seal()
 	}
-	if p.cur == nil {
+	if err == nil && p.cur == nil {
 		p.cur, err = p.create()
 	}
 	return err
 }
 
-// close closes all files, without syncing: what is not synced is not listed.
+// seal ends the current pack.
+func (p *packs) seal() error {
+	err := p.cur.write(true)
+	p.sealed = append(p.sealed, p.cur.f)
+	p.cur = nil
+	return err
+}
+
+// end is called when an entry's payloads were added.
+func (p *packs) end() error {
+	if err := p.cur.write(false); err != nil {
+		return err
+	}
+	return p.queue.show(p.cur.packPart)
+}
+
+// close closes all files, without writing or syncing the rest: what is not synced is not listed.
 func (p *packs) close() {
 	if p == nil {
 		return
 	}
+	p.queue.idle()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, f := range p.sealed {
@@ -254,6 +277,9 @@ var errPackGone = errors.New("engine: the pack is gone")
 // read returns the payload of a block.
 func (p *packs) read(topic, base uint64, at place) ([]byte, error) {
 	buf := make([]byte, packHead+int(at.length))
+	if p.queue.read(at, buf) {
+		return buf[packHead:], nil
+	}
 	if err := p.readAt(at.pack, buf, int64(at.offset)); err != nil {
 		if errors.Is(err, io.EOF) {
 			return nil, &CorruptError{File: p.path(at.pack), Detail: fmt.Sprintf("ends before byte %d", at.offset+uint64(len(buf))), Remedy: remedyReplace}
@@ -328,6 +354,7 @@ func (e *Engine) removePacks(dead []uint64) {
 
 // packWork is what a checkpoint has to do about packs.
 type packWork struct {
+	ticket uint64
 	sealed []vfs.File
 	cur    vfs.File
 	made   bool
@@ -337,15 +364,22 @@ type packWork struct {
 
 // takePacks lists the packs in the batch of a checkpoint, but for those of which everything has expired by then, and
 // those in rewritten. mu is held.
-func (e *Engine) takePacks(batch *pebble.Batch, rewritten []uint64) packWork {
+func (e *Engine) takePacks(batch *pebble.Batch, rewritten []uint64) (packWork, error) {
 	p := e.packs
 	upto := uint64(max(e.stamp.Cluster/expiryUnit, e.swept))
 	expired := func(k *pack) bool { return k.expiry != never && expiryTick(k.expiry) <= upto }
-	if p.cur != nil && expired(p.cur.pack) {
-		p.sealed = append(p.sealed, p.cur.f)
-		p.cur = nil
+	var err error
+	switch {
+	case p.cur == nil:
+	case expired(p.cur.pack):
+		err = p.seal()
+	default:
+		err = p.cur.write(true)
 	}
-	w := packWork{sealed: p.sealed, made: p.made}
+	if err != nil {
+		return packWork{}, err
+	}
+	w := packWork{ticket: p.queue.ticket(), sealed: p.sealed, made: p.made}
 	p.sealed, p.made = nil, false
 	if p.cur != nil {
 		w.cur = p.cur.f
@@ -364,11 +398,14 @@ func (e *Engine) takePacks(batch *pebble.Batch, rewritten []uint64) packWork {
 		}
 		w.listed = append(w.listed, *k)
 	}
-	return w
+	return w, nil
 }
 
 // sync brings to the disk what the checkpoint lists.
 func (w *packWork) sync(p *packs) error {
+	if err := p.queue.wait(w.ticket); err != nil {
+		return err
+	}
 	for i, f := range w.sealed {
 		if err := errors.Join(f.Sync(), f.Close()); err != nil {
 			for _, f := range w.sealed[i+1:] {

@@ -326,8 +326,7 @@ func (e *Engine) store(entry []byte) error {
 			blocks = append(blocks, b)
 		}
 		e.putExpiries(batch, blocks, false)
-		e.packs.appended += uint64(len(e.packs.cur.buf))
-		if err := e.packs.cur.write(); err != nil {
+		if err := e.packs.end(); err != nil {
 			return err
 		}
 	}
@@ -364,6 +363,8 @@ func (e *Engine) store(entry []byte) error {
 // is of, or the place at which this entry put the payload.
 func (e *Engine) putBlock(batch *pebble.Batch, t *topic, entry []byte) {
 	b := t.open
+	before := e.packs.cur.size
+	defer func() { e.packs.appended += e.packs.cur.size - before }()
 	b.at = e.packs.cur.add(b, func(dst []byte) []byte {
 		dst = payloadHead(dst, b.count)
 		from := len(dst)

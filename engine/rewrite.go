@@ -61,7 +61,7 @@ func (e *Engine) rewritePacks(batch *pebble.Batch) (rewritten []uint64, err erro
 		if w == nil {
 			return nil
 		}
-		err := w.write()
+		err := w.write(true)
 		e.mu.Lock()
 		p.sealed = append(p.sealed, w.f)
 		e.mu.Unlock()
@@ -83,7 +83,7 @@ func (e *Engine) rewritePacks(batch *pebble.Batch) (rewritten []uint64, err erro
 		if err != nil {
 			return err
 		}
-		if w != nil && w.size+uint64(len(w.buf)) >= p.limit {
+		if w != nil && w.size >= p.limit {
 			if err := seal(); err != nil {
 				return err
 			}
@@ -98,10 +98,7 @@ func (e *Engine) rewritePacks(batch *pebble.Batch) (rewritten []uint64, err erro
 		}
 		b.at = w.add(b, func(dst []byte) []byte { return appendThinned(dst, payload, dead) })
 		_ = batch.Set(e.keys.key(rowBlock, b.topic, b.base), b.appendRow(nil), nil) // a batch in memory takes everything
-		if len(w.buf) >= packSyncBytes {
-			return w.write()
-		}
-		return nil
+		return w.write(false)
 	})
 	if err = errors.Join(err, seal()); err != nil {
 		return nil, fmt.Errorf("engine: rewriting packs: %w", err)

@@ -183,7 +183,7 @@ func (e *Engine) openGeneration(gen uint64) error {
 	}
 	e.packs.close()
 	e.db, e.gen = db, gen
-	e.packs = newPacks(e.o.FS, e.o.FS.PathJoin(e.o.Dir, generationName(gen)), e.o.packBytes)
+	e.packs = newPacks(e.o.FS, e.o.FS.PathJoin(e.o.Dir, generationName(gen)), e.o.packBytes, newPackQueue(e.o.Spawn, e.fail))
 	err = e.load()
 	if err == nil {
 		err = e.packs.removeUnlisted()
@@ -492,7 +492,7 @@ func (in *Install) verify(m Meta) (*state, error) {
 	v.db = db
 	var s *state
 	v.gen = in.gen
-	v.packs = newPacks(v.o.FS, in.dir, v.o.packBytes)
+	v.packs = newPacks(v.o.FS, in.dir, v.o.packBytes, newPackQueue(v.o.Spawn, v.fail))
 	check := func() (err error) {
 		defer v.damaged(&err)
 		if err := v.load(); err != nil {

@@ -368,7 +368,7 @@ func (n *Node) openStorage() error {
 	}
 	n.eng, err = engine.Open(engine.Options{Dir: n.dir.join(storeDirName), FS: cfg.test.fs, Shard: shard,
 		CacheBytes: max(budget/4, 8<<20), MemTableBytes: memTable, RecentBytes: max(budget/8, 4<<20),
-		CheckpointLogBytes: cfg.test.checkpointLogBytes, Logger: n.log,
+		CheckpointLogBytes: cfg.test.checkpointLogBytes, Logger: n.log, Spawn: func(f func()) { go f() },
 		OnFatal: func(err error) { n.fatal(fmt.Errorf("store: %w", err)) }})
 	if err != nil {
 		if _, damaged := errors.AsType[*engine.CorruptError](err); damaged {

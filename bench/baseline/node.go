@@ -80,7 +80,7 @@ func start(o options) (*node, error) {
 		log: hclog.New(&hclog.LoggerOptions{Name: "baseline", Output: os.Stderr, Level: hclog.Info}),
 	}
 	var err error
-	if n.engine, err = engine.Open(engine.Options{Dir: filepath.Join(o.dir, "engine"), Logger: n.log.Named("engine")}); err != nil {
+	if n.engine, err = engine.Open(engine.Options{Dir: filepath.Join(o.dir, "engine"), Logger: n.log.Named("engine"), Spawn: func(f func()) { go f() }}); err != nil {
 		return nil, err
 	}
 	if err := n.startRaft(); err != nil {
