@@ -173,7 +173,16 @@ func (e *Engine) stored1(t *topic, g *group, b *block, i uint32) Delivery {
 
 // sizeOf is an estimate of a message's size. It is the same on every node, whatever a node keeps in memory: what a
 // command is given may depend on it.
-func (b *block) sizeOf(uint32) uint64 { return b.bytes / uint64(b.count) }
+func (b *block) sizeOf(i uint32) uint64 {
+	switch {
+	case b.refs != nil:
+		r := b.ref(i)
+		return uint64(r.bytes / r.count)
+	case b.sizes != nil:
+		return uint64(b.sizes[i])
+	}
+	return b.bytes / uint64(b.count)
+}
 
 func (e *Engine) peek(t *topic, g *group, deployed string, limit int, now int64) (Answer, []uint64, error) {
 	var a Answer

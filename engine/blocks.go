@@ -164,7 +164,7 @@ type headerCache struct {
 type headerKey struct{ topic, base uint64 }
 
 func headerBytes(b *block) int64 {
-	return 288 + 4*int64(cap(b.retention)) + 8*int64(len(b.runs)) + 16*int64(cap(b.ids))
+	return 312 + 4*int64(cap(b.retention)+cap(b.sizes)) + 8*int64(len(b.runs)) + 16*int64(cap(b.ids))
 }
 
 func (c *headerCache) get(topic, base uint64) *block {

@@ -67,6 +67,10 @@ func (e *Engine) noteRecord(rec *record, start, size uint32) (code errs.Code) {
 		if body > limits.LargeMessageBytesMax {
 			code = errs.MessageTooLarge
 		}
+	case rec.flags&recordFields != 0:
+		if body > limits.FieldsBytesMax {
+			code = errs.MessageTooLarge
+		}
 	case body > limits.MessageBytesMax:
 		code = errs.MessageTooLarge
 	}

@@ -90,6 +90,8 @@ type block struct {
 	retention     []uint32
 	runs          []posRun
 	run0          [1]posRun
+	// sizes are about those of the records, kept when one is larger than sizesFrom.
+	sizes []uint32
 
 	// refs, in a block of references, are the delayed messages it stands for; retention and runs are empty.
 	refs []refRun
@@ -222,8 +224,23 @@ func (b *block) add(pos uint32, retention uint32, size int) {
 			b.runs = append(b.runs, posRun{pos, 1})
 		}
 	}
+	if size > sizesFrom || b.sizes != nil {
+		b.addSize(uint32(size))
+	}
 	b.bytes += uint64(size)
 	b.lastExpiry = max(b.lastExpiry, b.expiry(i))
+}
+
+// sizesFrom is the size of a record from which on a block tells its records apart by size: an answer that is bounded by the
+// average could otherwise hold the large ones alone.
+const sizesFrom = 16 << 10
+
+// addSize notes the size of the record that was added last. Those before the first large one count as their average.
+func (b *block) addSize(size uint32) {
+	for n := b.count - 1; uint32(len(b.sizes)) < n; {
+		b.sizes = append(b.sizes, uint32(b.bytes/uint64(n)))
+	}
+	b.sizes = append(b.sizes, size)
 }
 
 // Flags of a block header.
@@ -233,6 +250,7 @@ const (
 	blockIDTable        = 1 << 2 // the stream IDs are not consecutive
 	blockReferences     = 1 << 3
 	blockDeployments    = 1 << 4
+	blockSizeTable      = 1 << 5
 )
 
 // appendRow appends the header as it is stored: the logical one and, unless it is one of references, the place of the
@@ -262,6 +280,9 @@ func (b *block) appendHeader(dst []byte) []byte {
 	}
 	if b.ids != nil {
 		flags |= blockIDTable
+	}
+	if b.sizes != nil {
+		flags |= blockSizeTable
 	}
 	dst = append(dst, rowVersion, flags)
 	dst = binary.AppendUvarint(dst, b.index)
@@ -298,6 +319,9 @@ func (b *block) appendHeader(dst []byte) []byte {
 		dst = binary.AppendUvarint(dst, id.Seq)
 		last = id
 	}
+	for _, n := range b.sizes {
+		dst = binary.AppendUvarint(dst, uint64(n))
+	}
 	return dst
 }
 
@@ -307,7 +331,7 @@ func parseBlock(topic, base uint64, row []byte) (*block, error) {
 		return nil, rowError(rowBlock, v)
 	}
 	flags := r.u8()
-	if flags&^(blockRetentionTable|blockRunTable|blockIDTable|blockReferences|blockDeployments) != 0 || flags&blockReferences != 0 && flags&(blockRetentionTable|blockRunTable|blockIDTable|blockDeployments) != 0 {
+	if flags&^(blockRetentionTable|blockRunTable|blockIDTable|blockReferences|blockDeployments|blockSizeTable) != 0 || flags&blockReferences != 0 && flags&^blockReferences != 0 {
 		return nil, &UnknownError{What: "block header flags", Value: uint64(flags)}
 	}
 	b := &block{topic: topic, base: base, index: r.uvarint(), cluster: int64(r.upTo(1 << 60)), wall: int64(r.upTo(1 << 60)), stream: r.streamID(), bytes: r.uvarint()}
@@ -356,6 +380,15 @@ func parseBlock(topic, base uint64, row []byte) (*block, error) {
 		b.ids[0] = b.stream
 		for i := 1; i < len(b.ids); i++ {
 			b.ids[i] = StreamID{Ms: b.ids[i-1].Ms + uint64(r.varint()), Seq: r.uvarint()}
+		}
+	}
+	if flags&blockSizeTable != 0 {
+		if n > uint64(len(r.b)) {
+			return nil, errMalformed
+		}
+		b.sizes = make([]uint32, n)
+		for i := range b.sizes {
+			b.sizes[i] = uint32(r.upTo(1<<32 - 1))
 		}
 	}
 	b.at = r.place()

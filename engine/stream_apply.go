@@ -85,7 +85,7 @@ func (e *Engine) applyStreamAdd(in *reader, end uint32, res *Result) error {
 		res.Code = errs.StreamIDZero
 	case rec.flags&(recordDeployment|recordDefault) != 0 || v.by != AddAuto && rec.flags&(recordKey|recordDelay) != 0:
 		res.Code = errs.BadRequest
-	case len(rec.body) > limits.MessageBytesMax:
+	case len(rec.body) > limits.FieldsBytesMax:
 		res.Code = errs.MessageTooLarge
 	}
 	if res.Code != errs.OK {

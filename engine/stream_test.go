@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"tercet.dev/tercet/internal/errs"
+	"tercet.dev/tercet/internal/limits"
 )
 
 func sid(ms, seq uint64) StreamID { return StreamID{Ms: ms, Seq: seq} }
@@ -444,5 +445,45 @@ func TestStreamIncarnations(t *testing.T) {
 		want(t, "XACK", l.do(&StreamAck{Key: "s", Group: "g", IDs: []StreamID{sid(1, 0)}}).Count, 1)
 		again()
 		want(t, "not any more", l.pendings("s", "g"), "")
+	})
+}
+
+// TestLargeEntries: an entry of XADD may have 3 MiB; an answer holds as many as fit, told by their own sizes and not by the average of
+// their blocks, also when those are read back.
+func TestLargeEntries(t *testing.T) {
+	restarts(t, func(t *testing.T, l *testLog, again func()) {
+		value := strings.Repeat("v", limits.FieldsBytesMax-10)
+		add := func(n uint64, value string) *StreamAdd {
+			return &StreamAdd{Key: "s", By: AddExplicit, ID: sid(n, 0), Fields: fieldsOf("f", value)}
+		}
+		for n := range uint64(4) {
+			cmds := []Command{add(n*100+1, value)}
+			for k := range uint64(50) {
+				cmds = append(cmds, add(n*100+k+2, "small"))
+			}
+			l.apply(cmds...)
+		}
+		want(t, "above the limit", l.do(add(1000, value+"0123456789")).Code, errs.MessageTooLarge)
+		again()
+		l.group(&StreamGroup{Op: GroupCreate, Key: "s", Group: "g"})
+		l.readGroup("s", "g", "c", 0) // as much as fits
+		for range 4 {
+			l.readGroup("s", "g", "c", 0)
+		}
+		again()
+		large := []StreamID{sid(1, 0), sid(101, 0), sid(201, 0), sid(301, 0)}
+		r := l.do(&StreamClaim{Key: "s", Group: "g", Consumer: "d", IDs: large, Idle: -1, Time: -1, RetryCount: -1})
+		if n := len(r.Stream.Entries); n != 2 {
+			t.Errorf("%d entries of 3 MiB were claimed at once, want those up to the bound of 4 MiB: 2", n)
+		}
+		for _, e := range r.Stream.Entries {
+			if len(e.Fields) != 2 || string(e.Fields[1]) != value {
+				t.Errorf("entry %v came back with %d fields", e.ID, len(e.Fields))
+			}
+		}
+		a := l.ask(Query{Kind: QueryStreamRange, Topic: "s", Stream: &StreamQuery{End: StreamIDMax}}).Reads[0]
+		if n := len(a.Entries); !a.Cut || n <= 50 || n >= 102 {
+			t.Errorf("%d entries in one answer, cut %v: want the first 3 MiB and what is small", n, a.Cut)
+		}
 	})
 }

@@ -17,6 +17,8 @@ const (
 const (
 	// MessageBytesMax bounds one message's body. Larger ones need staged parts.
 	MessageBytesMax = 1 << 20
+	// FieldsBytesMax bounds the names and values of one entry of XADD, with a few bytes for each.
+	FieldsBytesMax = 3 << 20
 	// HeaderBytesMax bounds all application headers of one message together (names and values).
 	HeaderBytesMax = 16 << 10
 	// ContentTypeBytesMax bounds a content type.
