@@ -109,6 +109,17 @@ type recentEntry struct {
 
 // keep puts the blocks of an entry into the ring and drops the oldest beyond its size.
 func (e *Engine) keep(entry []byte, blocks []*block) {
+	if cap(entry) >= keepCopied {
+		var bytes uint64
+		for _, b := range blocks {
+			if !b.own {
+				bytes += b.bytes
+			}
+		}
+		if bytes < uint64(cap(entry))/2 {
+			entry = e.compactRecords(blocks, bytes)
+		}
+	}
 	var records int64
 	for _, b := range blocks {
 		t := e.byInc[b.topic]
@@ -121,6 +132,29 @@ func (e *Engine) keep(entry []byte, blocks []*block) {
 	e.recent = append(e.recent, recentEntry{bytes: int64(cap(entry)) + records, blocks: blocks})
 	e.recentBytes += int64(cap(entry)) + records
 	e.trimRecent()
+}
+
+// keepCopied is the size from which on an entry is not kept for the sake of a few messages in it: parts of large messages come in
+// such entries, and would be kept with every small message that came beside them.
+const keepCopied = 64 << 10
+
+// compactRecords lets the blocks of the entry being applied have copies of their records in place of the entry.
+func (e *Engine) compactRecords(blocks []*block, bytes uint64) []byte {
+	out := make([]byte, 0, bytes)
+	for _, b := range blocks {
+		if b.own {
+			continue
+		}
+		i := 0
+		for _, s := range e.byInc[b.topic].segs {
+			for ; i < len(b.starts) && b.starts[i] < s.to; i++ {
+				b.starts[i] += uint32(len(out)) - s.from
+			}
+			out = append(out, b.data[s.from:s.to]...)
+		}
+		b.data = out[:len(out):cap(out)]
+	}
+	return out
 }
 
 // trimRecent drops the oldest entries beyond the ring's size.

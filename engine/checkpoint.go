@@ -40,6 +40,11 @@ func (e *Engine) checkpoint() (Meta, error) {
 	batch := e.db.NewBatch()
 	defer func() { _ = batch.Close() }()
 	rewritten, err := e.rewritePacks(batch)
+	if err == nil {
+		var parts []uint64
+		parts, err = e.rewriteParts(batch)
+		rewritten = append(rewritten, parts...)
+	}
 	if err != nil {
 		e.fail(err)
 		return Meta{}, err
@@ -136,7 +141,7 @@ func (e *Engine) encodeDirty(batch *pebble.Batch) error {
 		e.put(batch, e.intakes[id].appendRow(nil), rowIntake, uint64(id))
 	}
 	for _, inc := range e.removedTopics {
-		e.packs.loosened = true
+		e.packs.blocksGrown.loosened, e.packs.partsGrown.loosened = true, true
 		for _, kind := range topicRows {
 			_ = batch.DeleteRange(e.keys.key(kind, inc), e.keys.key(kind, inc+1), nil)
 		}
@@ -179,7 +184,7 @@ func (e *Engine) encodeDirty(batch *pebble.Batch) error {
 			e.encodeMarks(batch, t)
 		}
 		if t.cut.offset > t.floor.offset {
-			e.packs.loosened = true
+			e.packs.blocksGrown.loosened = true
 			if err := e.removeBelow(batch, t, t.cut); err != nil {
 				return err
 			}

@@ -17,7 +17,8 @@ import (
 
 // Payloads stand in packs: files beside Pebble's that are only appended to, a chunk at a time. A block's header says
 // where its payload is. A pack goes when its last message has expired; one of which less than a quarter is alive is
-// rewritten at a checkpoint.
+// rewritten at a checkpoint. The parts of large messages stand in packs of their own, which nothing but rewriting removes: a part
+// is written before anybody knows how long its message lives.
 //
 // A pack is written and synced before the checkpoint that lists it is committed, and what is listed is read up to the
 // listed size only: what stands behind that, and packs that are not listed, are of entries that the log brings again.
@@ -50,12 +51,13 @@ func packNumber(name string) (uint64, bool) {
 type pack struct {
 	number uint64
 	size   uint64
-	expiry int64  // when the last of its messages expires
+	expiry int64  // when the last of its messages expires: never for parts
 	listed uint64 // the size that its row tells
+	parts  bool   // holds parts of large messages
 }
 
 func (k *pack) appendRow(b []byte) []byte {
-	b = append(b, rowVersion)
+	b = append(b, rowVersion, flags(k.parts))
 	b = binary.AppendUvarint(b, k.size)
 	return appendVarint(b, k.expiry)
 }
@@ -65,7 +67,7 @@ func parsePack(number uint64, row []byte) (*pack, error) {
 	if v := r.u8(); v != rowVersion {
 		return nil, rowError(rowPack, v)
 	}
-	k := &pack{number: number, size: r.uvarint(), expiry: r.varint()}
+	k := &pack{number: number, parts: r.flags(1) != 0, size: r.uvarint(), expiry: r.varint()}
 	k.listed = k.size
 	return k, r.err()
 }
@@ -96,7 +98,13 @@ type packWriter struct {
 
 // add puts a block's payload behind what was added before and says where it stands.
 func (w *packWriter) add(b *block, payload func(dst []byte) []byte) place {
-	if room := packHead + 16 + int(b.bytes); cap(w.buf)-len(w.buf) < room {
+	w.expiry = max(w.expiry, b.lastExpiry)
+	return w.append(b.topic, b.base, int(b.bytes), payload)
+}
+
+// append is add for anything that has a topic and a number there.
+func (w *packWriter) append(topic, base uint64, size int, payload func(dst []byte) []byte) place {
+	if room := packHead + 16 + size; cap(w.buf)-len(w.buf) < room {
 		grown := w.q.buffer(max(len(w.buf)+room, packChunk+packChunk/4))
 		w.buf = append(grown, w.buf...)
 	}
@@ -105,13 +113,12 @@ func (w *packWriter) add(b *block, payload func(dst []byte) []byte) place {
 	buf = payload(buf)
 	head := buf[at:]
 	length := uint32(len(head) - packHead)
-	binary.LittleEndian.PutUint64(head[8:], b.topic)
-	binary.LittleEndian.PutUint64(head[16:], b.base)
+	binary.LittleEndian.PutUint64(head[8:], topic)
+	binary.LittleEndian.PutUint64(head[16:], base)
 	binary.LittleEndian.PutUint32(head[24:], length)
 	binary.LittleEndian.PutUint64(head, xxhash.Sum64(head[8:]))
 	w.buf = buf
 	w.size = w.start + uint64(len(buf))
-	w.expiry = max(w.expiry, b.lastExpiry)
 	return place{pack: w.number, offset: w.start + uint64(at), length: length}
 }
 
@@ -136,23 +143,38 @@ type packs struct {
 	// Guarded by Engine.mu.
 
 	list map[uint64]*pack
-	cur  *packWriter
+	// cur takes the payloads of blocks, parts the parts of large messages.
+	cur, parts *packWriter
 	// sealed are files to which nothing is added any more and that were not synced yet, made tells that the directory was not.
 	sealed []vfs.File
 	made   bool
 	last   uint64 // the highest number in use
-	// appended counts bytes since the last look at what is alive, loosened tells that something was removed explicitly.
-	appended uint64
-	loosened bool
+	// What tells when to look again at what is alive.
+	blocksGrown, partsGrown growth
 
 	// Guarded by Engine.cpMu.
 
 	durable []pack // those that the durable checkpoint lists
-	looked  int64  // cluster time of the last look
 
 	// mu guards the files open for reading. It is held while one is read, so that none is closed meanwhile.
 	mu   sync.RWMutex
 	open map[uint64]vfs.File
+}
+
+// growth is what happened since the last look at what is alive.
+type growth struct {
+	appended uint64 // bytes
+	loosened bool   // something was removed that does not go by itself
+	looked   int64  // cluster time of that look
+}
+
+// due reports whether to look again, and takes that as done. total is what is stored.
+func (g *growth) due(limit, total uint64, now int64) bool {
+	if g.appended < max(limit, total/4) && (!g.loosened || now < g.looked+packLookMillis) {
+		return false
+	}
+	*g = growth{looked: now}
+	return true
 }
 
 func newPacks(fs vfs.FS, dir string, limit int64, queue *packQueue) *packs {
@@ -161,15 +183,18 @@ func newPacks(fs vfs.FS, dir string, limit int64, queue *packQueue) *packs {
 
 func (p *packs) path(number uint64) string { return p.fs.PathJoin(p.dir, packName(number)) }
 
-// create begins a new pack.
-func (p *packs) create() (*packWriter, error) {
+// create begins a new pack, of parts or of blocks.
+func (p *packs) create(parts bool) (*packWriter, error) {
 	p.last++
 	f, err := p.fs.Create(p.path(p.last), vfs.WriteCategoryUnspecified)
 	if err != nil {
 		return nil, fmt.Errorf("creating %s: %w", packName(p.last), err)
 	}
 	p.made = true
-	k := &pack{number: p.last}
+	k := &pack{number: p.last, parts: parts}
+	if parts {
+		k.expiry = never
+	}
 	p.list[k.number] = k
 	return &packWriter{pack: k, q: p.queue, packPart: packPart{f: openPast(f), pack: k.number}}, nil
 }
@@ -184,24 +209,38 @@ type cachedFile struct{ vfs.File }
 
 func (f cachedFile) Write(b []byte) (int, error) { return f.File.Write(slices.Clone(b)) }
 
-// begin makes sure that there is a pack with room.
+// begin makes sure that there is a pack with room for blocks.
 func (p *packs) begin() (err error) {
 	if p.cur != nil && p.cur.size >= p.limit {
-		err = p.seal()
+		err = p.seal(&p.cur)
 	}
 	if err == nil && p.cur == nil {
-		p.cur, err = p.create()
+		p.cur, err = p.create(false)
 	}
 	return err
 }
 
-// seal ends the current pack.
-func (p *packs) seal() error {
-	err := p.cur.write(true)
-	p.sealed = append(p.sealed, p.cur.f)
-	p.cur = nil
+// beginParts does the same for parts.
+func (p *packs) beginParts() (err error) {
+	if p.parts != nil && p.parts.size >= p.limit {
+		err = p.seal(&p.parts)
+	}
+	if err == nil && p.parts == nil {
+		p.parts, err = p.create(true)
+	}
 	return err
 }
+
+// seal ends a pack.
+func (p *packs) seal(w **packWriter) error {
+	err := (*w).write(true)
+	p.sealed = append(p.sealed, (*w).f)
+	*w = nil
+	return err
+}
+
+// endParts is called when an entry's parts were added. They are large enough to be written at once.
+func (p *packs) endParts() error { return p.parts.write(true) }
 
 // end is called when an entry's payloads were added.
 func (p *packs) end() error {
@@ -222,13 +261,15 @@ func (p *packs) close() {
 	for _, f := range p.sealed {
 		_ = f.Close()
 	}
-	if p.cur != nil {
-		_ = p.cur.f.Close()
+	for _, w := range []*packWriter{p.cur, p.parts} {
+		if w != nil {
+			_ = w.f.Close()
+		}
 	}
 	for _, f := range p.open {
 		_ = f.Close() // read only
 	}
-	p.sealed, p.cur, p.open = nil, nil, nil
+	p.sealed, p.cur, p.parts, p.open = nil, nil, nil, nil
 }
 
 // load notes a listed pack.
@@ -356,7 +397,7 @@ func (e *Engine) removePacks(dead []uint64) {
 type packWork struct {
 	ticket uint64
 	sealed []vfs.File
-	cur    vfs.File
+	open   []vfs.File
 	made   bool
 	dead   []uint64
 	listed []pack
@@ -372,7 +413,7 @@ func (e *Engine) takePacks(batch *pebble.Batch, rewritten []uint64) (packWork, e
 	switch {
 	case p.cur == nil:
 	case expired(p.cur.pack):
-		err = p.seal()
+		err = p.seal(&p.cur)
 	default:
 		err = p.cur.write(true)
 	}
@@ -381,8 +422,10 @@ func (e *Engine) takePacks(batch *pebble.Batch, rewritten []uint64) (packWork, e
 	}
 	w := packWork{ticket: p.queue.ticket(), sealed: p.sealed, made: p.made}
 	p.sealed, p.made = nil, false
-	if p.cur != nil {
-		w.cur = p.cur.f
+	for _, open := range []*packWriter{p.cur, p.parts} {
+		if open != nil {
+			w.open = append(w.open, open.f)
+		}
 	}
 	for _, n := range sortedKeys(p.list) {
 		k := p.list[n]
@@ -414,8 +457,8 @@ func (w *packWork) sync(p *packs) error {
 			return fmt.Errorf("engine: syncing a pack: %w", err)
 		}
 	}
-	if w.cur != nil {
-		if err := w.cur.Sync(); err != nil {
+	for _, f := range w.open {
+		if err := f.Sync(); err != nil {
 			return fmt.Errorf("engine: syncing a pack: %w", err)
 		}
 	}
@@ -433,24 +476,35 @@ func (e *Engine) payload(topic, base uint64, at place) ([]byte, error) {
 	if at.length == 0 {
 		return nil, nil
 	}
+	b, err := e.readPack(topic, base, at, func() (place, error) {
+		v, closer, err := e.db.Get(e.keys.key(rowBlock, topic, base))
+		if errors.Is(err, pebble.ErrNotFound) {
+			return place{}, nil
+		}
+		if err != nil {
+			return place{}, fmt.Errorf("engine: reading a block header: %w", err)
+		}
+		h, err := parseBlock(topic, base, v)
+		if err = errors.Join(err, closer.Close()); err != nil {
+			return place{}, err
+		}
+		return h.at, nil
+	})
+	if b == nil || err != nil {
+		return nil, err
+	}
+	e.payloads.put(topic, base, b)
+	return b, nil
+}
+
+// readPack reads what stands at a place, or where lookup says that it stands now: it may have been rewritten or removed
+// since the place was read. It returns nil for what is not stored any more.
+func (e *Engine) readPack(topic, base uint64, at place, lookup func() (place, error)) ([]byte, error) {
 	b, err := e.packs.read(topic, base, at)
 	for errors.Is(err, errPackGone) {
-		// Rewritten, or expired, since the row was read.
 		old := at
-		v, closer, gerr := e.db.Get(e.keys.key(rowBlock, topic, base))
-		if errors.Is(gerr, pebble.ErrNotFound) {
-			return nil, nil
-		}
-		if gerr != nil {
-			return nil, fmt.Errorf("engine: reading a block header: %w", gerr)
-		}
-		h, gerr := parseBlock(topic, base, v)
-		if gerr = errors.Join(gerr, closer.Close()); gerr != nil {
-			return nil, gerr
-		}
-		at = h.at
-		if at.length == 0 {
-			return nil, nil
+		if at, err = lookup(); err != nil || at.length == 0 {
+			return nil, err
 		}
 		if at == old {
 			err = &CorruptError{File: e.packs.path(at.pack), Detail: "missing", Remedy: remedyReplace}
@@ -464,7 +518,6 @@ func (e *Engine) payload(topic, base uint64, at place) ([]byte, error) {
 		}
 		return nil, err
 	}
-	e.payloads.put(topic, base, b)
 	return b, nil
 }
 

@@ -306,9 +306,7 @@ func (e *Engine) store(entry []byte) error {
 		return nil
 	}
 	size := 64 * len(e.newKeys)
-	for i := range e.newParts {
-		size += len(e.newParts[i].data) + 128
-	}
+	size += 128 * len(e.newParts)
 	for _, t := range e.staging {
 		for i := range t.staged {
 			size += int(t.staged[i].size) + 128
@@ -339,7 +337,9 @@ func (e *Engine) store(entry []byte) error {
 		t.staged = t.staged[:0]
 	}
 	e.putKeys(batch)
-	e.putParts(batch)
+	if err := e.putParts(batch); err != nil {
+		return err
+	}
 	e.staging, e.newKeys, e.newLarge = e.staging[:0], e.newKeys[:0], e.newLarge[:0]
 	clear(e.newParts) // they hold on to the entry
 	e.newParts = e.newParts[:0]
@@ -368,7 +368,7 @@ func (e *Engine) store(entry []byte) error {
 func (e *Engine) putBlock(batch *pebble.Batch, t *topic, entry []byte) {
 	b := t.open
 	before := e.packs.cur.size
-	defer func() { e.packs.appended += e.packs.cur.size - before }()
+	defer func() { e.packs.blocksGrown.appended += e.packs.cur.size - before }()
 	b.at = e.packs.cur.add(b, func(dst []byte) []byte {
 		dst = payloadHead(dst, b.count)
 		from := len(dst)

@@ -8,27 +8,25 @@ import (
 	"github.com/cockroachdb/pebble/v2"
 )
 
-// rewritePacks rewrites, at a checkpoint, the packs of which less than a quarter is alive: what lives is copied into
+// rewritePacks rewrites, at a checkpoint, the packs of blocks of which less than a quarter is alive: what lives is copied into
 // a new pack, without the records that nobody can ask for any more, and the batch gets headers that say so. It goes
 // before all removals of the same batch, so that what they take is gone. Whether it runs, and when, has no effect on
 // what anybody sees: the place in a header is no part of the logical state.
 func (e *Engine) rewritePacks(batch *pebble.Batch) (rewritten []uint64, err error) {
 	p := e.packs
-	e.mu.RLock()
+	e.mu.Lock()
 	now, applied := e.stamp.Cluster, e.index
 	total := uint64(0)
 	for _, k := range p.list {
-		total += k.size
+		if !k.parts {
+			total += k.size
+		}
 	}
-	look := p.appended >= max(p.limit, total/4) || p.loosened && now >= p.looked+packLookMillis
-	e.mu.RUnlock()
-	if !look || len(p.durable) == 0 {
+	look := len(p.durable) > 0 && p.blocksGrown.due(p.limit, total, now)
+	e.mu.Unlock()
+	if !look {
 		return nil, nil
 	}
-	e.mu.Lock()
-	p.appended, p.loosened = 0, false
-	e.mu.Unlock()
-	p.looked = now
 	alive := make(map[uint64]uint64)
 	err = e.eachStored(func(b *block) error {
 		if b.index > applied {
@@ -47,6 +45,9 @@ func (e *Engine) rewritePacks(batch *pebble.Batch) (rewritten []uint64, err erro
 	for i := range p.durable {
 		// One that has grown since the checkpoint holds blocks that were not looked at.
 		k := &p.durable[i]
+		if k.parts {
+			continue
+		}
 		if at := p.list[k.number]; at != nil && at.size == k.size && (p.cur == nil || p.cur.pack != at) && alive[k.number]*4 < k.size {
 			victims[k.number] = true
 			rewritten = append(rewritten, k.number)
@@ -90,7 +91,7 @@ func (e *Engine) rewritePacks(batch *pebble.Batch) (rewritten []uint64, err erro
 		}
 		if w == nil {
 			e.mu.Lock()
-			w, err = p.create()
+			w, err = p.create(false)
 			e.mu.Unlock()
 			if err != nil {
 				return err
@@ -104,6 +105,102 @@ func (e *Engine) rewritePacks(batch *pebble.Batch) (rewritten []uint64, err erro
 		return nil, fmt.Errorf("engine: rewriting packs: %w", err)
 	}
 	return rewritten, nil
+}
+
+// rewriteParts does the same for the packs of parts. A part is alive as long as it has a row; what this checkpoint removes
+// is left to the next look.
+func (e *Engine) rewriteParts(batch *pebble.Batch) (rewritten []uint64, err error) {
+	p := e.packs
+	e.mu.Lock()
+	now, applied := e.stamp.Cluster, e.index
+	total := uint64(0)
+	for _, k := range p.list {
+		if k.parts {
+			total += k.size
+		}
+	}
+	look := total > 0 && len(p.durable) > 0 && p.partsGrown.due(p.limit, total, now)
+	e.mu.Unlock()
+	if !look {
+		return nil, nil
+	}
+	alive := make(map[uint64]uint64)
+	err = e.eachPart(func(_ []byte, _ uint64, at place) error {
+		alive[at.pack] += uint64(at.length)
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	victims := make(map[uint64]bool)
+	e.mu.Lock()
+	for i := range p.durable {
+		// One that has grown since the checkpoint holds parts that were not looked at.
+		k := &p.durable[i]
+		if at := p.list[k.number]; k.parts && at != nil && at.size == k.size && alive[k.number]*4 < k.size {
+			if p.parts != nil && p.parts.pack == at {
+				err = errors.Join(err, p.seal(&p.parts))
+			}
+			victims[k.number] = true
+			rewritten = append(rewritten, k.number)
+		}
+	}
+	e.mu.Unlock()
+	if len(victims) == 0 || err != nil {
+		return nil, err
+	}
+	var w *packWriter
+	seal := func() error {
+		if w == nil {
+			return nil
+		}
+		err := w.write(true) // not while Apply waits for mu
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		return errors.Join(err, p.seal(&w))
+	}
+	err = e.eachPart(func(key []byte, index uint64, at place) error {
+		if !victims[at.pack] || index > applied {
+			return nil
+		}
+		topic, _ := keyPart(key, 0)
+		upload, _ := keyPart(key, 1)
+		part, err := p.read(topic, upload, at)
+		if err != nil {
+			return err
+		}
+		if w != nil && w.size >= p.limit {
+			if err := seal(); err != nil {
+				return err
+			}
+		}
+		if w == nil {
+			e.mu.Lock()
+			w, err = p.create(true)
+			e.mu.Unlock()
+			if err != nil {
+				return err
+			}
+		}
+		at = w.append(topic, upload, len(part), func(dst []byte) []byte { return append(dst, part...) })
+		_ = batch.Set(key, appendPart(nil, index, at), nil) // a batch in memory takes everything
+		return w.write(false)
+	})
+	if err = errors.Join(err, seal()); err != nil {
+		return nil, fmt.Errorf("engine: rewriting packs: %w", err)
+	}
+	return rewritten, nil
+}
+
+// eachPart visits the rows of all parts.
+func (e *Engine) eachPart(visit func(key []byte, index uint64, at place) error) error {
+	return e.scan(rowPart, func(key, row []byte) error {
+		index, at, err := parsePart(row)
+		if err != nil {
+			return err
+		}
+		return visit(key, index, at)
+	})
 }
 
 // eachStored visits the stored blocks that have a payload of their own.

@@ -28,14 +28,14 @@ const (
 	rowChange       = 'J' // topic, raft index, position -> a delayed message that was cancelled or moved; checkpoint
 	rowPosting      = 'B' // topic, deployment, base offset -> raft index, expiry; written once
 	rowKept         = 'p' // topic, offset -> copy of a parked message that outlives its block; checkpoint, not part of the logical state
-	rowPart         = 'L' // topic, upload, number -> a part; written once
+	rowPart         = 'L' // topic, upload, number -> where a part stands; written once, but for the place
 	rowLargeExpiry  = 'H' // expiry tick, topic, upload; written once
 	rowUpload       = 'A' // upload -> upload; checkpoint
 	rowDocument     = 'O' // table, key -> document; checkpoint
 	rowMarks        = 'Y' // topic, chunk -> removed entries; checkpoint
 	rowConsumer     = 'C' // topic, group, number -> consumer; checkpoint
 	rowString       = 'V' // number of the key -> string; checkpoint
-	rowPack         = 'k' // pack -> size, last expiry; checkpoint, not part of the logical state
+	rowPack         = 'k' // pack -> of parts, size, last expiry; checkpoint, not part of the logical state
 	rowFloor        = 'F' // topic -> where its stored blocks begin; checkpoint, not part of the logical state
 )
 

@@ -217,8 +217,7 @@ func (e *Engine) pebbleOptions(readOnly bool) *pebble.Options {
 		CompactionConcurrencyRange:  func() (int, int) { return 1, 2 },
 		Logger:                      pebbleLogger{e.o.Logger.Named("pebble"), e},
 	}
-	// Parts of large messages and delayed ones are kept out of the tables that compactions rewrite, as the payloads in
-	// packs are. Nothing is compressed, which would cost every message more than the disk gains.
+	// Delayed messages are kept out of the tables that compactions rewrite, as the payloads in packs are. Nothing is compressed, which would cost every message more than the disk gains.
 	o.Experimental.ValueSeparationPolicy = func() pebble.ValueSeparationPolicy {
 		return pebble.ValueSeparationPolicy{Enabled: true, MinimumSize: 1 << 10, MaxBlobReferenceDepth: 10, RewriteMinimumAge: 5 * time.Minute, TargetGarbageRatio: 0.3}
 	}
@@ -520,6 +519,17 @@ func (in *Install) verify(m Meta) (*state, error) {
 			_, err := v.packs.read(b.topic, b.base, b.at)
 			return err
 		})
+		if err == nil {
+			err = v.eachPart(func(key []byte, index uint64, at place) error {
+				if index > s.index {
+					return nil // the same
+				}
+				topic, _ := keyPart(key, 0)
+				upload, _ := keyPart(key, 1)
+				_, err := v.packs.read(topic, upload, at)
+				return err
+			})
+		}
 		return errors.Join(err, v.Err())
 	}
 	if err := errors.Join(check(), v.closeStore()); err != nil {

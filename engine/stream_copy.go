@@ -327,14 +327,10 @@ func (e *Engine) partOf(topic, upload uint64, number uint32) (data []byte, err e
 			return p.data, nil
 		}
 	}
-	v, closer, err := e.db.Get(e.keys.key(rowPart, topic, upload, uint64(number)))
-	if err != nil {
-		return nil, err
+	if data, err = e.readPart(topic, upload, number); err == nil && data == nil {
+		err = errors.New("not stored")
 	}
-	if data, err = parsePart(v); err == nil {
-		data = slices.Clone(data)
-	}
-	return data, errors.Join(err, closer.Close())
+	return data, err
 }
 
 // copyGroup gives a copy a group of the topic that it was made from, which is folded.

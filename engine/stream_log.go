@@ -507,7 +507,7 @@ func (e *Engine) takeRemoved() map[uint64]removedBlocks {
 	out := make(map[uint64]removedBlocks)
 	for inc, t := range e.byInc {
 		if len(t.dead) > 0 || t.first > t.floor.offset || t.rewound {
-			e.packs.loosened = true
+			e.packs.blocksGrown.loosened = true
 			out[inc] = removedBlocks{first: t.first, dead: t.dead, rewound: t.rewound}
 			t.dead = nil
 		}

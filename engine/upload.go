@@ -14,8 +14,9 @@ import (
 	"tercet.dev/tercet/internal/limits"
 )
 
-// Large messages. An upload is state of the shard; its parts are rows of their own (L), written once, and become a
-// message's body by the commit, whose record names the upload in place of a body. Parts of an upload that ends without
+// Large messages. An upload is state of the shard; its parts stand in packs, each with a row (L) that says where, and become a
+// message's body by the commit, whose record names the upload in place of a body. They pass through none of the caches,
+// so that the memory a node takes does not depend on how much of them there is. Parts of an upload that ends without
 // a commit, or whose commit turned out to be a duplicate, go with the next checkpoint; those of a message go when it
 // expires (rows H), or with its topic.
 
@@ -206,18 +207,31 @@ func (e *Engine) purgeParts(t *topic) {
 	e.deadParts = append(e.deadParts, deadParts{t.inc, from, e.incarnations + 1})
 }
 
-func (e *Engine) putParts(batch *pebble.Batch) {
-	for i := range e.newParts {
-		p := &e.newParts[i]
-		head := binary.AppendUvarint(append(e.rowBuf[:0], rowVersion), e.index)
-		op := batch.SetDeferred(3+24, len(head)+len(p.data))
-		e.keys.append(op.Key[:0], rowPart, p.topic, p.upload, uint64(p.number))
-		copy(op.Value[copy(op.Value, head):], p.data)
-		_ = op.Finish()
+// putParts writes the parts that the entry has brought, and the rows of what it has brought of large messages.
+func (e *Engine) putParts(batch *pebble.Batch) error {
+	if len(e.newParts) > 0 {
+		if err := e.packs.beginParts(); err != nil {
+			return err
+		}
+		w := e.packs.parts
+		before := w.size
+		for i := range e.newParts {
+			p := &e.newParts[i]
+			at := w.append(p.topic, p.upload, len(p.data), func(dst []byte) []byte {
+				return append(binary.AppendUvarint(dst, uint64(p.number)), p.data...)
+			})
+			e.rowBuf = appendPart(e.rowBuf[:0], e.index, at)
+			e.put(batch, e.rowBuf, rowPart, p.topic, p.upload, uint64(p.number))
+		}
+		e.packs.partsGrown.appended += w.size - before
+		if err := e.packs.endParts(); err != nil {
+			return err
+		}
 	}
 	for _, l := range e.newLarge {
 		e.put(batch, nil, rowLargeExpiry, expiryTick(l.expiry), l.topic, l.upload)
 	}
+	return nil
 }
 
 // LoadPart returns one part of a large message's body; number is from 0 to Parts-1, and all parts but the last have
@@ -233,41 +247,66 @@ func (e *Engine) LoadPart(l Large, number uint32) (data []byte, err error) {
 	if number >= l.Parts {
 		return nil, errs.New(errs.BadRequest, "part %d of %d", number, l.Parts)
 	}
-	v, closer, err := e.db.Get(e.keys.key(rowPart, l.Topic, l.Upload, uint64(number)))
-	if errors.Is(err, pebble.ErrNotFound) {
+	data, err = e.readPart(l.Topic, l.Upload, number)
+	if err != nil {
+		return nil, err
+	}
+	if data == nil {
 		return nil, errs.New(errs.MessageNotFound, "the message expired while it was being delivered")
 	}
-	if err != nil {
-		return nil, fmt.Errorf("engine: reading part %d of upload %d: %w", number, l.Upload, err)
+	want := int64(limits.PartBytes)
+	if number == l.Parts-1 {
+		want = l.Bytes - int64(number)*limits.PartBytes
 	}
-	data, err = parsePart(v)
-	data = append(make([]byte, 0, len(data)), data...)
-	_ = closer.Close()
-	if err == nil {
-		want := int64(limits.PartBytes)
-		if number == l.Parts-1 {
-			want = l.Bytes - int64(number)*limits.PartBytes
-		}
-		if int64(len(data)) != want {
-			err = fmt.Errorf("%d bytes instead of %d: %w", len(data), want, errMalformed)
-		}
-	}
-	if err != nil {
-		return nil, fmt.Errorf("engine: part %d of upload %d: %w", number, l.Upload, err)
+	if int64(len(data)) != want {
+		return nil, fmt.Errorf("engine: part %d of upload %d has %d bytes instead of %d: %w", number, l.Upload, len(data), want, errMalformed)
 	}
 	return data, nil
 }
 
-func parsePart(row []byte) ([]byte, error) {
-	r := reader{b: row}
-	if v := r.u8(); v != rowVersion {
-		return nil, rowError(rowPart, v)
+// readPart reads a stored part; it returns nil if there is none.
+func (e *Engine) readPart(topic, upload uint64, number uint32) ([]byte, error) {
+	lookup := func() (place, error) {
+		v, closer, err := e.db.Get(e.keys.key(rowPart, topic, upload, uint64(number)))
+		if errors.Is(err, pebble.ErrNotFound) {
+			return place{}, nil
+		}
+		if err != nil {
+			return place{}, fmt.Errorf("engine: reading part %d of upload %d: %w", number, upload, err)
+		}
+		_, at, err := parsePart(v)
+		return at, errors.Join(err, closer.Close())
 	}
-	r.uvarint()
-	if r.bad {
-		return nil, errMalformed
+	at, err := lookup()
+	if err != nil || at.length == 0 {
+		return nil, err
+	}
+	stored, err := e.readPack(topic, upload, at, lookup)
+	if stored == nil || err != nil {
+		return nil, err
+	}
+	r := reader{b: stored}
+	if n := r.uvarint(); r.bad || n != uint64(number) {
+		return nil, fmt.Errorf("engine: part %d of upload %d is part %d: %w", number, upload, n, errMalformed)
 	}
 	return r.b, nil
+}
+
+// appendPart appends the row of a part: by which entry it came and where it stands.
+func appendPart(b []byte, index uint64, at place) []byte {
+	b = append(b, rowVersion)
+	b = binary.AppendUvarint(b, index)
+	return at.append(b)
+}
+
+func parsePart(row []byte) (index uint64, at place, err error) {
+	r := reader{b: row}
+	if v := r.u8(); v != rowVersion {
+		return 0, place{}, rowError(rowPart, v)
+	}
+	index = r.uvarint()
+	at = r.place()
+	return index, at, r.err()
 }
 
 func (u *upload) appendRow(b []byte) []byte {
@@ -291,6 +330,9 @@ func parseUpload(id uint64, row []byte) (*upload, error) {
 func (e *Engine) encodeUploads(batch *pebble.Batch) {
 	for _, id := range e.removedUploads {
 		_ = batch.Delete(e.keys.key(rowUpload, id), nil)
+	}
+	if len(e.deadParts) > 0 {
+		e.packs.partsGrown.loosened = true
 	}
 	for _, d := range e.deadParts {
 		_ = batch.DeleteRange(e.keys.key(rowPart, d.topic, d.from), e.keys.key(rowPart, d.topic, d.to), nil)
@@ -342,6 +384,9 @@ func (e *Engine) sweepLarge(batch *pebble.Batch, upto int64) error {
 		return fmt.Errorf("engine: reading the expiry index: %w", err)
 	}
 	if any {
+		e.mu.Lock()
+		e.packs.partsGrown.loosened = true
+		e.mu.Unlock()
 		_ = batch.DeleteRange(from, to, nil)
 	}
 	return nil

@@ -3,6 +3,7 @@ package engine
 import (
 	"bytes"
 	"hash/crc32"
+	"strings"
 	"testing"
 	"time"
 
@@ -288,4 +289,89 @@ func TestUploadIntake(t *testing.T) {
 	if n := rowCount(t, l.e, rowPart, rowUpload); n != 0 {
 		t.Errorf("%d rows are left", n)
 	}
+}
+
+// TestPartsAreNotKept: small messages that come in one entry with parts are kept in memory, and the parts are not.
+func TestPartsAreNotKept(t *testing.T) {
+	l := openTest(t, Options{})
+	defer l.close()
+	id := l.apply(&UploadOpen{Topic: "t"})[0].Upload
+	var eb EntryBuilder
+	eb.Reset(1, l.now, 0)
+	for _, c := range []Command{
+		&Publish{Topic: "t", Messages: messages(time.Hour, "a", "b")}, &UploadPart{Upload: id, Data: largeBody(limits.PartBytes, 1)},
+		&Publish{Topic: "u", Messages: messages(time.Hour, "c")}, &UploadPart{Upload: id, Number: 1, Data: []byte("end")},
+		&Publish{Topic: "t", Messages: messages(time.Hour, "d", "e")},
+	} {
+		eb.Add(0, 0, 0, c.AppendTo(nil))
+	}
+	entry := eb.Bytes()
+	l.append(logEntry{data: entry})
+	if n := l.e.recentBytes; n == 0 || n > 1<<10 {
+		t.Errorf("%d bytes are kept of an entry of %d", n, len(entry))
+	}
+	// Without the files only what is in memory can be read.
+	l.e.packs.mu.Lock()
+	open := l.e.packs.open
+	l.e.packs.open = nil
+	l.e.packs.mu.Unlock()
+	for topic, want := range map[string]string{"t": "abde", "u": "c"} {
+		got := drain(t, l, topic, "g")
+		for _, body := range strings.Split(want, "") {
+			if got[body] != 1 {
+				t.Errorf("%s: %v", topic, got)
+			}
+		}
+	}
+	l.e.packs.mu.Lock()
+	l.e.packs.open = open
+	l.e.packs.mu.Unlock()
+}
+
+// TestPartPacks: what the parts of large messages took is given back when the messages are gone, also where others of
+// the same pack live on, and those are read as before.
+func TestPartPacks(t *testing.T) {
+	fs := vfs.NewCrashableMem()
+	l := openTest(t, Options{FS: fs, RecentBytes: -1, packBytes: 1 << 20})
+	send := func(retention time.Duration, body []byte) {
+		t.Helper()
+		id := l.apply(&UploadOpen{Topic: "t"})[0].Upload
+		for i, p := range parts(body) {
+			l.apply(&UploadPart{Upload: id, Number: uint32(i), Data: p})
+		}
+		if r := l.apply(commitOf(id, body, NewMessage{Retention: retention}))[0]; r.Code != errs.OK {
+			t.Fatal(r.Code)
+		}
+	}
+	kept := largeBody(limits.PartBytes+1, 9)
+	for i := range 6 {
+		send(time.Minute, largeBody(3*limits.PartBytes, byte(i)))
+		if i == 2 {
+			send(24*time.Hour, kept)
+		}
+	}
+	aborted := l.apply(&UploadOpen{Topic: "t"})[0].Upload
+	l.apply(&UploadPart{Upload: aborted, Data: largeBody(limits.PartBytes, 8)})
+	l.checkpoint()
+	before := packTotal(t, l)
+	if before < 20*limits.PartBytes {
+		t.Fatalf("%d bytes are stored", before)
+	}
+	look := func() { l.pass(2 * time.Minute); l.apply(&Tick{}); l.checkpoint() }
+	look() // removes the rows
+	look() // finds what they leave
+	if after := packTotal(t, l); after > 3*limits.PartBytes {
+		t.Errorf("%d bytes are left of %d, %d of them live", after, before, len(kept))
+	}
+	fs = l.crash(fs)
+	checkLarge(t, l, "g", kept)
+	l.pass(25 * time.Hour)
+	look()
+	look()
+	if after := packTotal(t, l); after != 0 {
+		t.Errorf("%d bytes are left of what has expired", after)
+	}
+	send(time.Hour, kept)
+	checkLarge(t, l, "g", kept)
+	l.close()
 }

@@ -327,6 +327,7 @@ func (n *Node) tick() {
 		n.stepPolicy()
 		n.stepMembership()
 		n.stepDue()
+		n.stepRing()
 	}
 }
 
@@ -407,6 +408,23 @@ func (n *Node) stepPolicy() {
 	}
 	n.coal.enqueue(&op{request: request{cmd: cmd.AppendTo(nil), kind: cmd.Kind(), require: Majority}, urgent: true,
 		from: originFunc(func(*op, outcome) {})})
+}
+
+// ringKeep is how much of the log stays in memory although this node has applied it and every other one has it.
+const ringKeep = 8 << 20
+
+// stepRing lets go of the entries in memory that nobody is about to read. What the engine keeps of them for consumers it keeps
+// by itself, by the same bytes; the parts of large messages it does not, and so they do not stay.
+func (n *Node) stepRing() {
+	through, _ := n.eng.Applied()
+	if n.raft.State() == hraft.Leader {
+		for _, s := range n.configuration().Servers {
+			if id := engine.NodeID(s.ID); id != n.id {
+				through = min(through, n.match(id))
+			}
+		}
+	}
+	n.logs.shard.Forget(through, ringKeep)
 }
 
 // stepDue proposes an entry when something is due that no command asks for: delayed messages become visible with

@@ -86,6 +86,11 @@ func TestAgainstMemory(t *testing.T) {
 				}
 				m.apply(op{kind: opPrefix, shard: id, index: through})
 			},
+			"forget": func(rt *rapid.T) {
+				id := shard.Draw(rt, "shard")
+				w.Shard(id).Forget(rapid.Uint64Range(0, m.shard(id).next+1).Draw(rt, "through"), int64(rapid.SampledFrom([]int{0, 2000}).Draw(rt, "keep")))
+				compare()
+			},
 			"reset": func(rt *rapid.T) {
 				id := shard.Draw(rt, "shard")
 				next := rapid.Uint64Range(1, 500).Draw(rt, "next")
@@ -212,6 +217,9 @@ func TestReadersBesideWriters(t *testing.T) {
 				must(t, s.TruncatePrefix(next-150))
 			}
 		}
+		if round%7 == 0 {
+			s.Forget(next-1, 4<<10)
+		}
 		s.StageCommit(next - 1)
 	}
 	done.Store(true)
@@ -224,6 +232,53 @@ func TestReadersBesideWriters(t *testing.T) {
 	if st.Segments > 12 {
 		t.Fatalf("segments are not freed: %+v", st)
 	}
+}
+
+// TestForget: what is forgotten is read from the disk, and what is not there yet is not forgotten.
+func TestForget(t *testing.T) {
+	d := sim.New(1, sim.Options{})
+	w := mustOpen(t, Options{Dir: "/log", FS: d, SegmentSize: 64 << 10})
+	s := w.Shard(0)
+	several := func(from, to uint64) (lsn LSN) {
+		for i := from; i <= to; i++ {
+			lsn = appendTo(t, s, i, 1, 1000)
+		}
+		return lsn
+	}
+	must(t, w.WaitDurable(several(1, 10), nil))
+	all := w.Stats().RingBytes
+	s.Forget(0, 0)
+	s.Forget(10, all)
+	if got := w.Stats().RingBytes; got != all {
+		t.Fatalf("%d bytes are left of %d, and nothing was to be forgotten", got, all)
+	}
+	s.Forget(4, 0)
+	if got := w.Stats().RingBytes; got <= all/2 || got >= all*7/10 {
+		t.Fatalf("%d bytes are left of %d after 4 of 10 entries", got, all)
+	}
+	d.Freeze()
+	several(11, 15)
+	s.Forget(15, 0)
+	if got := w.Stats().RingBytes; got != all/2 {
+		t.Fatalf("%d bytes are left, those of 5 entries that are not on the disk have %d", got, all/2)
+	}
+	reads := w.Stats().DiskReads
+	d.Thaw()
+	var e Entry
+	for i := uint64(1); i <= 15; i++ {
+		if must(t, s.Get(i, &e)); e.Index != i {
+			t.Fatalf("entry %d was read as %d", i, e.Index)
+		}
+	}
+	if w.Stats().DiskReads == reads {
+		t.Error("nothing was read from the disk")
+	}
+	must(t, w.WaitDurable(w.Written(), nil))
+	s.Forget(15, 0)
+	if got := w.Stats().RingBytes; got != 0 {
+		t.Errorf("%d bytes are left", got)
+	}
+	must(t, w.Close())
 }
 
 // TestStalledDisk: appending goes on, waiting can be given up, and the age of what waits shows.

@@ -152,6 +152,27 @@ func (s *Shard) push(e *Entry, loc location, lsn LSN) {
 	s.w.ring.refs.push(ringRef{s, lsn})
 }
 
+// Forget drops the oldest entries up to through from memory while the shard keeps more than keep bytes there: whoever still
+// asks for one of them is served from the disk. Entries that are not durable stay. The log itself is not changed.
+func (s *Shard) Forget(through uint64, keep int64) {
+	w := s.w
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	durable := w.Durable()
+	s.mu.Lock()
+	n := 0
+	for w.ring.bytes > keep && n < s.recent.len() && s.recentFirst+uint64(n) <= through && s.recent.at(n).lsn <= durable {
+		w.ring.bytes -= s.recent.at(n).bytes()
+		n++
+	}
+	s.recent.dropFront(n)
+	s.recentFirst += uint64(n)
+	s.mu.Unlock()
+	if n > 0 {
+		w.ring.evict(durable)
+	}
+}
+
 // drop makes [first, next) what the log holds, a part of what it held, or nothing. Called with WAL.mu.
 func (s *Shard) drop(first, next uint64) {
 	s.mu.Lock()
