@@ -111,6 +111,9 @@ func (e *Engine) apply(index, term uint64, entry []byte, results []Result, fx *E
 			in.record(it.number, res)
 		}
 	}
+	if err := e.dropDone(); err != nil {
+		return results, err
+	}
 	if err := e.store(entry); err != nil {
 		return results, err
 	}
@@ -142,7 +145,7 @@ func (e *Engine) begin(index, term uint64, entry []byte, fx *Effects) {
 	e.index, e.term = index, term
 	e.applying, e.entry, e.fx = true, entry, fx
 	e.pos, e.advance, e.copied = 0, 0, 0
-	e.open, e.touched = e.open[:0], e.touched[:0]
+	e.open, e.touched, e.done = e.open[:0], e.touched[:0], e.done[:0]
 	e.staging, e.newKeys, e.newParts, e.newLarge = e.staging[:0], e.newKeys[:0], e.newParts[:0], e.newLarge[:0]
 }
 

@@ -53,7 +53,7 @@ func sampleQueueCommands() map[string]Command {
 		"document":         &Document{Table: "tokens", Key: "k", Value: []byte("v"), IfRevision: 300},
 		"document absent":  &Document{Table: "tokens", Key: "k", Value: []byte("v"), IfAbsent: true},
 		"document delete":  &Document{Table: "tokens", Key: "k", Delete: true},
-		"topic set":        &TopicSet{Topic: "orders", Create: true, Settings: &TopicSettings{Paused: true, RetentionDefault: time.Hour, RetentionMax: 48 * time.Hour, MessageBytesMax: 1000, DepthMax: 5}},
+		"topic set":        &TopicSet{Topic: "orders", Create: true, Settings: &TopicSettings{Paused: true, RetentionDefault: time.Hour, RetentionMax: 48 * time.Hour, MessageBytesMax: 1000, DepthMax: 5, DropAcknowledged: true}},
 		"topic set one":    &TopicSet{Topic: "orders", Settings: &TopicSettings{DepthMax: 5}, Only: OnlyDepthMax},
 		"topic set bare":   &TopicSet{Topic: "orders"},
 		"topic delete":     &TopicDelete{Topic: "orders"},

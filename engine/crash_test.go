@@ -570,7 +570,7 @@ func (q *queueCommands) draw(ids []MessageID) Command {
 	case 4:
 		return &Purge{Topic: topic}
 	case 5:
-		return &TopicSet{Topic: topic, Settings: &TopicSettings{Paused: rng.IntN(8) == 0, RetentionMax: time.Duration(rng.IntN(2)*100) * time.Second}}
+		return &TopicSet{Topic: topic, Settings: &TopicSettings{Paused: rng.IntN(8) == 0, RetentionMax: time.Duration(rng.IntN(2)*100) * time.Second, DropAcknowledged: rng.IntN(2) == 0}}
 	case 6, 7:
 		return &Parked{Topic: topic, Group: group, Op: ParkedOp(1 + rng.IntN(2)), Max: 1 + rng.IntN(5)}
 	case 8, 9:

@@ -255,11 +255,15 @@ func (e *Engine) putStaged(batch *pebble.Batch, t *topic, entry []byte) {
 }
 
 // NextTick returns the cluster time at which something is due that waits for an entry, though no command asks
-// for it: a delayed message, or the end of an upload that was broken off. The leader proposes a Tick then.
+// for it: a delayed message, the end of an upload that was broken off, what is left to be dropped. The leader proposes a
+// Tick then.
 func (e *Engine) NextTick() (cluster int64, ok bool) {
 	e.mu.RLock()
 	defer e.mu.RUnlock()
 	at := e.delayNext
+	if len(e.catching) > 0 {
+		at = e.stamp.Cluster
+	}
 	for _, u := range e.uploads {
 		at = min(at, u.deadline)
 	}

@@ -98,6 +98,8 @@ type Engine struct {
 	changes        map[delayKey]*delayChange
 	removedChanges []delayKey
 	moved          []movedItem
+	// catching are the topics whose flag of that name is set.
+	catching map[uint64]bool
 	// delayNext is no later than the first time at which a delayed message is due; 0 before that was looked up.
 	delayNext int64
 	// uploads are the large messages under way.
@@ -139,6 +141,7 @@ type Engine struct {
 	copied          int64    // bytes that the entry's COPYs took
 	intake          IntakeID // of the command being applied
 	scratch         []Delivery
+	done            []doneNote
 	touched         []*group
 	advance         int64
 	rowBuf          []byte
@@ -296,6 +299,7 @@ func (e *Engine) resetMemory() {
 	e.keyFilters, e.entryKeys = make(map[keyBucket]*keyFilter), nil
 	e.uploads, e.removedUploads, e.deadParts = make(map[uint64]*upload), nil, nil
 	e.delayNext = never
+	e.catching = make(map[uint64]bool)
 	e.keptUploads = make(map[uint64]bool)
 	e.recent, e.recentHead, e.recentBytes = nil, 0, 0
 	e.due, e.tidyAt = nil, 0
@@ -345,6 +349,9 @@ func (e *Engine) load() error {
 			return err
 		}
 		e.topics[t.name], e.byInc[inc] = t, t
+		if t.catching {
+			e.catching[inc] = true
+		}
 		return nil
 	})
 	if err != nil {

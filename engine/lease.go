@@ -366,6 +366,7 @@ func (e *Engine) settle(g *group, rc Receipt, v *settleView, res *Result) (errs.
 		return errs.LeaseExpired, nil
 	case v.op == Acknowledge:
 		g.acknowledge(rc.Offset, l)
+		e.noteDone(g, rc.Offset)
 	case v.op == Route:
 		l.routed = true
 		g.touch(rc.Offset)
@@ -375,6 +376,7 @@ func (e *Engine) settle(g *group, rc Receipt, v *settleView, res *Result) (errs.
 		}
 		if most := g.settings.MaxDeliveries; most > 0 && l.count-l.base >= most {
 			g.park(rc.Offset, l, now)
+			e.noteDone(g, rc.Offset)
 			break
 		}
 		g.release(rc.Offset, l, now+v.visibility)

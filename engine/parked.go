@@ -234,6 +234,7 @@ func (e *Engine) applyParked(r *reader, res *Result) error {
 			g.pushPending(timer{now, off})
 		case Drop:
 			g.acked++
+			e.noteDone(g, off)
 			if g.passed(off, l.dep) {
 				g.remove(off, l)
 			} else {

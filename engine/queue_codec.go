@@ -97,7 +97,7 @@ func (c *TopicSet) AppendTo(b []byte) []byte {
 }
 
 func (s *TopicSettings) append(b []byte) []byte {
-	b = append(b, flags(s.Paused))
+	b = append(b, flags(s.Paused, s.DropAcknowledged))
 	b = appendMillis(b, s.RetentionDefault)
 	b = appendMillis(b, s.RetentionMax)
 	b = binary.AppendUvarint(b, uint64(max(s.MessageBytesMax, 0)))
@@ -105,8 +105,8 @@ func (s *TopicSettings) append(b []byte) []byte {
 }
 
 func (r *reader) topicSettings() TopicSettings {
-	f := r.flags(1)
-	return TopicSettings{Paused: f&1 != 0, RetentionDefault: r.duration(), RetentionMax: r.duration(), MessageBytesMax: int64(r.upTo(1 << 50)), DepthMax: r.uvarint()}
+	f := r.flags(2)
+	return TopicSettings{Paused: f&1 != 0, DropAcknowledged: f&2 != 0, RetentionDefault: r.duration(), RetentionMax: r.duration(), MessageBytesMax: int64(r.upTo(1 << 50)), DepthMax: r.uvarint()}
 }
 
 func (r *reader) topicSet() *TopicSet {

@@ -22,10 +22,14 @@ import (
 // looks at all of them for every answer. Cursors, spans, blocks and heaps do not occur in it. TestModel has what is
 // bounded: full sets, intakes, repeats.
 type queueModel struct {
-	now     int64
-	topics  map[string]*qTopic
-	uploads map[uint64]*qUpload
-	made    int
+	now int64
+	// done are the messages a group has done with in the entry at hand, catching the topics whose head is looked at.
+	done     map[*qTopic][]int
+	catching map[*qTopic]bool
+	dropped  int
+	topics   map[string]*qTopic
+	uploads  map[uint64]*qUpload
+	made     int
 }
 
 type qTopic struct {
@@ -163,6 +167,48 @@ func (m *queueModel) fold(t *qTopic, g *qGroup) {
 			g.done[off] = true
 		}
 	}
+}
+
+// drop removes, at the end of an entry, what all groups have done with, in topics that ask for it.
+func (m *queueModel) drop() {
+	for t, offs := range m.done {
+		m.catching[t] = true
+		for _, off := range offs {
+			if x := t.messages[off]; t.settings.DropAcknowledged && !m.needed(t, off) && x.expiry > m.now {
+				m.remove(x)
+			}
+		}
+	}
+	for t := range m.catching {
+		for off, x := range t.messages {
+			if x.gone || x.expiry <= m.now {
+				continue
+			}
+			if !t.settings.DropAcknowledged || m.needed(t, off) {
+				break
+			}
+			m.remove(x)
+		}
+	}
+	clear(m.done)
+	clear(m.catching)
+}
+
+func (m *queueModel) remove(x *qMessage) {
+	if !x.gone {
+		m.dropped++
+	}
+	x.gone = true
+}
+
+func (m *queueModel) needed(t *qTopic, off int) bool {
+	for _, g := range t.groups {
+		m.fold(t, g)
+		if g.given[off] != nil || !g.done[off] && off >= g.start {
+			return true
+		}
+	}
+	return len(t.groups) == 0
 }
 
 func (m *queueModel) giveUp(g *qGroup, off int, l *qLease) {
@@ -376,6 +422,7 @@ func (m *queueModel) settle(c *Settle, of *qGroup, off int, epoch uint64) errs.C
 	case c.Op == Acknowledge:
 		delete(g.given, off)
 		g.done[off] = true
+		m.done[t] = append(m.done[t], off)
 	case c.Op == Route:
 		l.routed = true
 	case c.Op == Release || c.Visibility == 0:
@@ -385,6 +432,7 @@ func (m *queueModel) settle(c *Settle, of *qGroup, off int, epoch uint64) errs.C
 		l.deadline = m.now
 		if most := g.settings.MaxDeliveries; most > 0 && l.count-l.base >= most {
 			m.giveUp(g, off, l)
+			m.done[t] = append(m.done[t], off)
 			break
 		}
 		probe := l.modelLease
@@ -528,6 +576,7 @@ func (m *queueModel) groupSet(c *GroupSet) errs.Code {
 			}
 		}
 		clear(g.done)
+		m.catching[t] = true
 	}
 	if c.Settings != nil {
 		g.settings = *c.Settings
@@ -573,6 +622,7 @@ func (m *queueModel) parked(c *Parked) string {
 		default:
 			delete(g.given, off)
 			g.done[off] = true
+			m.done[t] = append(m.done[t], off)
 		}
 	}
 	return fmt.Sprintf("ok %d %d", len(offs), next)
@@ -726,7 +776,7 @@ func (q *queueMachine) draw(rt *rapid.T) Command {
 	case "topic":
 		return &TopicSet{Topic: topic, Create: true, Settings: &TopicSettings{Paused: rapid.IntRange(0, 9).Draw(rt, "paused") == 5,
 			RetentionMax: rapid.SampledFrom([]time.Duration{0, 0, 30 * time.Second}).Draw(rt, "longest"), RetentionDefault: 20 * time.Second,
-			DepthMax: uint64(rapid.SampledFrom([]int{0, 0, 12}).Draw(rt, "depth"))}}
+			DepthMax: uint64(rapid.SampledFrom([]int{0, 0, 12}).Draw(rt, "depth")), DropAcknowledged: rapid.Bool().Draw(rt, "drop")}}
 	case "purge":
 		if rapid.IntRange(0, 7).Draw(rt, "really") == 5 {
 			return &Purge{Topic: topic}
@@ -842,6 +892,7 @@ func (q *queueMachine) apply(rt *rapid.T, cmds []Command) []Result {
 			q.settled(rt, c, r)
 		case *TopicSet:
 			q.m.topic(c.Topic).settings = *c.Settings
+			q.m.catching[q.m.topic(c.Topic)] = true
 		case *TopicDelete:
 			if t := q.m.topics[c.Topic]; t == nil {
 				want = errs.TopicNotFound.String()
@@ -874,6 +925,7 @@ func (q *queueMachine) apply(rt *rapid.T, cmds []Command) []Result {
 				want = errs.GroupNotFound.String()
 			default:
 				delete(t.groups, c.Group)
+				q.m.catching[t] = true
 			}
 		case *Parked:
 			want, got = q.m.parked(c), fmt.Sprintf("%v %d %d", r.Code, r.Count, r.Next)
@@ -918,6 +970,9 @@ func (q *queueMachine) apply(rt *rapid.T, cmds []Command) []Result {
 		}
 		q.hits[fmt.Sprintf("%T %s", c, r.Code)]++
 	}
+	q.m.drop()
+	q.hits["dropped"] += q.m.dropped
+	q.m.dropped = 0
 	for _, ref := range q.l.fx.Deliverable {
 		delete(q.waiters, ref)
 	}
@@ -1135,12 +1190,12 @@ func TestQueueModel(t *testing.T) {
 	setRapid(t, 120, 8000)
 	checkUntil(t, queueModelRun, "*engine.Receive ok", "*engine.Receive concurrency_limit", "*engine.ReceiveID ok", "*engine.ReceiveID duplicate", "*engine.ReceiveID not_yet_visible",
 		"*engine.ReceiveID parked", "*engine.ReceiveID paused", "*engine.Publish topic_full", "*engine.Delayed ok", "*engine.Delayed conflict", "*engine.UploadCommit ok",
-		"*engine.UploadPart upload_not_found", "*engine.TopicDelete ok", "*engine.Purge ok", "duplicate", "parked op 1", "parked op 2", "large", "outlived", "of x", "inspected", "expiring", "waited", "crash")
+		"*engine.UploadPart upload_not_found", "*engine.TopicDelete ok", "*engine.Purge ok", "duplicate", "parked op 1", "parked op 2", "large", "outlived", "of x", "inspected", "expiring", "dropped", "waited", "crash")
 }
 
 func queueModelRun(rt *rapid.T, hits map[string]int) {
 	fs := vfs.NewCrashableMem()
-	q := &queueMachine{fs: fs, m: &queueModel{topics: map[string]*qTopic{}, uploads: map[uint64]*qUpload{}}, seen: map[[3]uint64]*qSeen{}, epochs: map[[2]uint64]uint64{},
+	q := &queueMachine{fs: fs, m: &queueModel{done: map[*qTopic][]int{}, catching: map[*qTopic]bool{}, topics: map[string]*qTopic{}, uploads: map[uint64]*qUpload{}}, seen: map[[3]uint64]*qSeen{}, epochs: map[[2]uint64]uint64{},
 		bodies: map[string]int64{}, keyed: map[string]MessageID{}, waiters: map[GroupRef]bool{}, hits: hits}
 	o := Options{FS: fs, Dir: "engine", RecentBytes: rapid.SampledFrom([]int64{-1, 300, 1 << 20}).Draw(rt, "recent"), CacheBytes: 1 << 20, MemTableBytes: 256 << 10}
 	q.l = &testLog{t: rt, o: o, now: testStart}

@@ -68,6 +68,7 @@ const (
 	OnlyInitialDelay
 	OnlyMaxConcurrency
 	OnlyVisibility
+	OnlyDropAcknowledged
 
 	settingMasks = iota
 )
@@ -85,6 +86,9 @@ type TopicSettings struct {
 	// DepthMax bounds the messages the topic holds: from the first that has not expired to the end, and the
 	// delayed ones. Publishes beyond it are errs.TopicFull.
 	DepthMax uint64
+	// DropAcknowledged removes a message as soon as every group of the topic has done with it, instead of keeping it
+	// until it expires. A group that is made later starts with what is left; without a group nothing goes.
+	DropAcknowledged bool
 }
 
 // TopicDelete deletes a topic with its groups, messages, delayed messages and settings. A topic of that name

@@ -570,7 +570,7 @@ func (s *scenario) command(d *datadriven.TestData, line string) Command {
 		return &ReceiveID{Topic: w[0], Group: w[1], ID: messageID(w[2]), Visibility: odur("vis", time.Minute), MaxConcurrency: int(onum("conc", 0)), Deployment: opts["deployment"]}
 	case "topicset":
 		return &TopicSet{Topic: w[0], Create: has("create"), Settings: &TopicSettings{Paused: has("paused"), DepthMax: onum("depth", 0), MessageBytesMax: int64(onum("bytes", 0)),
-			RetentionDefault: odur("default", 0), RetentionMax: odur("longest", 0)}}
+			RetentionDefault: odur("default", 0), RetentionMax: odur("longest", 0), DropAcknowledged: has("drop")}}
 	case "topicdelete":
 		return &TopicDelete{Topic: w[0]}
 	case "purge":

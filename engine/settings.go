@@ -77,6 +77,7 @@ func (e *Engine) applyTopicSet(r *reader, res *Result) {
 	if s != nil {
 		t.settings = *s
 		t.dirty = true
+		e.setCatching(t, s.DropAcknowledged)
 		for _, g := range t.parked {
 			e.look(g)
 		}
@@ -99,6 +100,9 @@ func (s *TopicSettings) over(old TopicSettings, only SettingMask) *TopicSettings
 	}
 	if only&OnlyDepthMax != 0 {
 		old.DepthMax = s.DepthMax
+	}
+	if only&OnlyDropAcknowledged != 0 {
+		old.DropAcknowledged = s.DropAcknowledged
 	}
 	return &old
 }
@@ -153,6 +157,7 @@ func (e *Engine) dropTopic(t *topic) {
 	}
 	delete(e.byInc, t.inc)
 	delete(e.byExpiry, t.inc)
+	delete(e.catching, t.inc)
 	e.keyGone()
 	if t.open != nil {
 		e.open = slices.DeleteFunc(e.open, func(o *topic) bool { return o == t })
@@ -178,6 +183,7 @@ func (e *Engine) dropGroup(g *group) {
 	e.touched = slices.DeleteFunc(e.touched, func(o *group) bool { return o == g })
 	e.groups[g.number] = nil
 	e.freeGroups = append(e.freeGroups, g.number)
+	e.catchUp(g.topic)
 	e.removedGroups = append(e.removedGroups, [2]uint64{g.topic.inc, g.inc})
 	e.dirtRough.Add(64)
 }
@@ -298,6 +304,7 @@ func (e *Engine) applyGroupSet(r *reader, res *Result) error {
 		g.reopen()
 		g.countAhead()
 		g.rebuild()
+		e.catchUp(g.topic)
 	}
 	if c.Settings != nil {
 		s := c.Settings

@@ -221,7 +221,6 @@ func (e *Engine) trimAcked(t *topic, to uint64, now int64) (n uint64, err error)
 	for _, g := range t.byInc {
 		to = min(to, g.next) // what a group was not given it needs
 	}
-	incs := sortedKeys(t.byInc)
 	var b *block
 	var i uint32
 	off := t.first
@@ -233,7 +232,7 @@ func (e *Engine) trimAcked(t *topic, to uint64, now int64) (n uint64, err error)
 		if off >= to {
 			return n, nil
 		}
-		if !t.needed(incs, off, now) {
+		if !t.needed(b, i, now) {
 			t.mark(off)
 			t.noteDead(b)
 			n++
@@ -243,13 +242,13 @@ func (e *Engine) trimAcked(t *topic, to uint64, now int64) (n uint64, err error)
 	return n, nil
 }
 
-// needed reports whether a group has not been given an entry, or not acknowledged it. incs are the topic's groups.
-func (t *topic) needed(incs []uint64, off uint64, now int64) bool {
-	for _, inc := range incs {
-		g := t.byInc[inc]
+// needed reports whether a group has not been given a message, or not done with it.
+func (t *topic) needed(b *block, i uint32, now int64) bool {
+	off, dep := b.base+uint64(i), b.dep(i)
+	for _, g := range t.byInc { // asks all of them in any order
 		l := g.find(off)
 		if l == nil {
-			if off >= g.next {
+			if !g.passed(off, dep) {
 				return true
 			}
 			continue
@@ -335,7 +334,7 @@ func (e *Engine) deleteEntry(t *topic, id StreamID, refs RefPolicy) (int8, error
 		return StatusNotFound, err
 	}
 	off := b.base + uint64(i)
-	if refs == Acked && t.needed(sortedKeys(t.byInc), off, now) {
+	if refs == Acked && t.needed(b, i, now) {
 		return StatusKept, nil
 	}
 	if refs == DelRef {
@@ -447,6 +446,7 @@ func (e *Engine) applyStreamGroup(c *StreamGroup, res *Result) error {
 		if g.parked {
 			e.look(g)
 		}
+		e.catchUp(t)
 		return e.setPosition(g, id)
 	case GroupDestroy:
 		if g != nil {
@@ -477,6 +477,7 @@ func (e *Engine) applyStreamGroup(c *StreamGroup, res *Result) error {
 		for _, off := range offs {
 			g.remove(off, g.find(off))
 		}
+		e.catchUp(g.topic)
 		res.Count = int64(len(offs))
 		delete(g.consumers, k.name)
 		delete(g.byNum, k.num)
@@ -665,6 +666,9 @@ func (e *Engine) readBehind(g *group, k *consumer, c *StreamReadGroup, count uin
 // whether the group's set was too full for more.
 func (e *Engine) readNew(g *group, k *consumer, c *StreamReadGroup, count uint64, read *StreamRead, room *answerRoom) (limited bool, err error) {
 	t, now := g.topic, e.stamp.Cluster
+	if c.NoAck {
+		e.catchUp(t)
+	}
 	if c.Claim && count > 0 {
 		if err := e.readIdle(g, k, c.ClaimIdle, count, read, room); err != nil {
 			return false, err
@@ -870,6 +874,7 @@ func (e *Engine) applyStreamAck(c *StreamAck, res *Result) error {
 		if g != nil {
 			if off, l := g.findID(id, e.stamp.Cluster); l != nil {
 				g.drop(off, l)
+				e.noteDone(g, off)
 				g.acked++
 				g.dirty = true
 				res.Count++

@@ -36,6 +36,8 @@ type streamPart struct {
 	// does; topExpiry is the latest expiry so far.
 	expires, mixed bool
 	topExpiry      int64
+	// catching is set while the head of a log that drops what is acknowledged was not looked at to its end.
+	catching bool
 
 	goneMarks []uint64 // stored rows of mark chunks that are empty now
 	dead      []uint64 // bases of blocks that were removed entry by entry since the last checkpoint
@@ -213,7 +215,7 @@ func parseMarks(row []byte) (*markChunk, error) {
 
 // append appends what a topic's row holds of it. The marks have rows of their own.
 func (s *streamPart) append(b []byte) []byte {
-	b = append(b, flags(s.rewound, s.expires, s.mixed))
+	b = append(b, flags(s.rewound, s.expires, s.mixed, s.catching))
 	b = binary.AppendUvarint(b, s.added)
 	b = s.maxDeleted.append(b)
 	b = binary.AppendUvarint(b, s.changed)
@@ -223,8 +225,8 @@ func (s *streamPart) append(b []byte) []byte {
 }
 
 func (r *reader) streamPart() streamPart {
-	f := r.flags(3)
-	return streamPart{rewound: f&1 != 0, expires: f&2 != 0, mixed: f&4 != 0, added: r.uvarint(), maxDeleted: r.streamID(),
+	f := r.flags(4)
+	return streamPart{rewound: f&1 != 0, expires: f&2 != 0, mixed: f&4 != 0, catching: f&8 != 0, added: r.uvarint(), maxDeleted: r.streamID(),
 		changed: r.uvarint(), expireAt: r.varint(), expireWall: r.varint(), topExpiry: r.varint()}
 }
 

@@ -21,7 +21,7 @@ func secondsOf(d time.Duration) int64 { return int64(d / time.Second) }
 func topicSettingsOf(s *engine.TopicSettings) wire.TopicSettings {
 	return wire.TopicSettings{
 		Paused: s.Paused, RetentionDefaultSeconds: secondsOf(s.RetentionDefault), RetentionMaxSeconds: secondsOf(s.RetentionMax),
-		MessageBytesMax: s.MessageBytesMax, DepthMax: s.DepthMax,
+		MessageBytesMax: s.MessageBytesMax, DepthMax: s.DepthMax, DropAcknowledged: s.DropAcknowledged,
 	}
 }
 
@@ -81,7 +81,7 @@ func changeTopicSettings(s engine.TopicSettings, body []byte) (engine.TopicSetti
 	}
 	return engine.TopicSettings{
 		Paused: w.Paused, RetentionDefault: time.Duration(w.RetentionDefaultSeconds) * time.Second, RetentionMax: time.Duration(w.RetentionMaxSeconds) * time.Second,
-		MessageBytesMax: w.MessageBytesMax, DepthMax: w.DepthMax,
+		MessageBytesMax: w.MessageBytesMax, DepthMax: w.DepthMax, DropAcknowledged: w.DropAcknowledged,
 	}, nil
 }
 

@@ -190,6 +190,37 @@ func TestManageGroups(t *testing.T) {
 	expect(t, call(t, "GET", base+path("begin"), nil), 404, "group_not_found")
 }
 
+// TestDropAcknowledged: with the setting a message is gone once all groups have acknowledged it, and kept as long as one has not.
+func TestDropAcknowledged(t *testing.T) {
+	_, base := start(t, Options{Backend: newNode(t), VirtualClock: true})
+	m := manager{t, base}
+	var topic wire.Topic
+	m.do(200, "PUT", "/v1/topics/orders", `{"dropAcknowledged":true}`, &topic)
+	if !topic.Settings.DropAcknowledged {
+		t.Errorf("settings %+v", topic.Settings)
+	}
+	id := sendMessage(t, base, "orders", []byte("x"))
+	for _, group := range []string{"g", "h"} {
+		m.do(200, "PUT", "/v1/topics/orders/groups/"+group, `{}`, nil)
+	}
+	for _, group := range []string{"g", "h"} {
+		m.do(200, "GET", "/v1/topics/orders/messages/"+id, "", nil)
+		got := receiveMessages(t, base, "orders", group, wire.MediaMultipart)
+		if len(got) != 1 {
+			t.Fatalf("%s received %v", group, got)
+		}
+		expect(t, call(t, "DELETE", lease(base, "orders", group, got[0].head["vqs-receipt-handle"]), nil), 204, "")
+	}
+	expect(t, call(t, "GET", base+"/v1/topics/orders/messages/"+id, nil), 404, "message_not_found")
+	m.do(200, "GET", "/v1/topics/orders", "", &topic)
+	if topic.FirstOffset != 1 || topic.NextOffset != 1 {
+		t.Errorf("what is left of the topic: %+v", topic)
+	}
+	if got := bodiesOf(t, base, "orders", "late"); got != "" {
+		t.Errorf("a group that was made later is given %q", got)
+	}
+}
+
 func TestRates(t *testing.T) {
 	_, base := start(t, Options{Backend: newNode(t), VirtualClock: true})
 	m := manager{t, base}

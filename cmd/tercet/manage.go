@@ -99,6 +99,7 @@ func (s *settingFlags) topic(f *pflag.FlagSet) {
 	s.seconds("retention-max", "retentionMaxSeconds", "longest retention; longer ones are cut (0: 7 days)")
 	s.number("message-bytes-max", "messageBytesMax", "largest message in `bytes` (0: the cluster's limit)")
 	s.number("depth-max", "depthMax", "most `messages` the topic may hold (0: any number)")
+	s.bool("drop-acknowledged", "dropAcknowledged", "remove a message once every group has acknowledged it, instead of when it expires")
 }
 
 func (s *settingFlags) group(f *pflag.FlagSet) {

@@ -113,6 +113,8 @@ const (
 const (
 	// MaturePerEntryMax bounds the delayed messages that one entry makes visible.
 	MaturePerEntryMax = 1000
+	// DropPerEntryMax bounds the messages at the head of a topic with dropAcknowledged that one entry looks at.
+	DropPerEntryMax = 1000
 	// DelayedChangesMax bounds the cancelled and moved messages whose time has not come.
 	DelayedChangesMax = 100_000
 )

@@ -197,6 +197,8 @@ type TopicSettings struct {
 	RetentionMaxSeconds     int64  `json:"retentionMaxSeconds"`
 	MessageBytesMax         int64  `json:"messageBytesMax"`
 	DepthMax                uint64 `json:"depthMax"`
+	// DropAcknowledged removes a message once every group has acknowledged it, instead of keeping it until it expires.
+	DropAcknowledged bool `json:"dropAcknowledged"`
 }
 
 // Groups is the answer to GET /v1/topics/{topic}/groups. Next, when set, is the ?after= of the next page.
