@@ -1,6 +1,7 @@
 package raft
 
 import (
+	"container/heap"
 	"slices"
 	"sync"
 	"time"
@@ -34,8 +35,9 @@ type lot struct {
 	groups map[engine.GroupRef]*waiters
 	topics map[string][]*waiters
 	ready  []*waiters
-	// stale lists the groups whose due time has to be asked for.
+	// stale lists the groups whose due time has to be asked for; dues orders those that have one.
 	stale []*waiters
+	dues  dues
 	size  int
 }
 
@@ -46,10 +48,48 @@ type waiters struct {
 	ops     []*op
 	isReady bool
 	isStale bool
-	// due is when something becomes deliverable by time, in cluster time; 0 for never.
+	// due is when something becomes deliverable by time, in cluster time; 0 for never. at is its place among the dues
+	// of the lot, -1 for none.
 	due int64
+	at  int
 	// notBefore keeps a due time that passed without effect from being acted on in a circle.
 	notBefore int64
+}
+
+// dues is a heap of groups by their due times. Every step of the coalescer looks at the first: with thousands of groups
+// that wait, all of them cannot be looked at.
+type dues []*waiters
+
+// Len, Less, Swap, Push and Pop implement heap.Interface.
+func (d dues) Len() int           { return len(d) }
+func (d dues) Less(i, j int) bool { return d[i].due < d[j].due }
+func (d dues) Swap(i, j int)      { d[i], d[j] = d[j], d[i]; d[i].at, d[j].at = i, j }
+func (d *dues) Push(x any) {
+	w := x.(*waiters)
+	w.at = len(*d)
+	*d = append(*d, w)
+}
+func (d *dues) Pop() any {
+	n := len(*d) - 1
+	w := (*d)[n]
+	(*d)[n] = nil
+	*d = (*d)[:n]
+	w.at = -1
+	return w
+}
+
+// setDueLocked notes when something becomes deliverable to w by time, 0 for never.
+func (l *lot) setDueLocked(w *waiters, due int64) {
+	w.due = due
+	switch {
+	case due == 0 && w.at >= 0:
+		heap.Remove(&l.dues, w.at)
+	case due == 0:
+	case w.at >= 0:
+		heap.Fix(&l.dues, w.at)
+	default:
+		heap.Push(&l.dues, w)
+	}
 }
 
 // parkState is where a receive that may park is.
@@ -107,7 +147,7 @@ func (l *lot) add(o *op) parking {
 	for _, ref := range o.refs {
 		w := l.groups[ref]
 		if w == nil {
-			w = &waiters{ref: ref}
+			w = &waiters{ref: ref, at: -1}
 			l.groups[ref] = w
 			l.topics[ref.Topic] = append(l.topics[ref.Topic], w)
 		}
@@ -173,6 +213,7 @@ func (l *lot) removedLocked(w *waiters) {
 		return
 	}
 	delete(l.groups, w.ref)
+	l.setDueLocked(w, 0)
 	rest := slices.DeleteFunc(l.topics[w.ref.Topic], func(x *waiters) bool { return x == w })
 	if len(rest) == 0 {
 		delete(l.topics, w.ref.Topic)
@@ -310,29 +351,30 @@ func (l *lot) refresh(eng parker, now int64) int64 {
 		}
 		due, ok := eng.NextDue(w.ref.Topic, w.ref.Group)
 		l.mu.Lock()
-		w.due = 0
-		if ok {
-			w.due = max(due, w.notBefore, 1)
+		switch {
+		case l.groups[w.ref] != w: // nobody waits any more
+		case ok:
+			l.setDueLocked(w, max(due, w.notBefore, 1))
+		default:
+			l.setDueLocked(w, 0)
 		}
 		l.mu.Unlock()
 	}
 	defer l.mu.Unlock()
-	var next int64
-	for _, w := range l.groups {
-		switch {
-		case w.due == 0:
-		case w.due <= now:
-			// Asked for again when the wake-up led to nothing, or to a receive.
-			w.due, w.notBefore = 0, now+dueRetryMs
-			if !w.isReady {
-				w.isReady = true
-				l.ready = append(l.ready, w)
-			}
-		case next == 0 || w.due < next:
-			next = w.due
+	for len(l.dues) > 0 {
+		w := l.dues[0]
+		if w.due > now {
+			return w.due
+		}
+		// Asked for again when the wake-up led to nothing, or to a receive.
+		l.setDueLocked(w, 0)
+		w.notBefore = now + dueRetryMs
+		if !w.isReady {
+			w.isReady = true
+			l.ready = append(l.ready, w)
 		}
 	}
-	return next
+	return 0
 }
 
 // open lets receives in.
@@ -359,11 +401,11 @@ func (l *lot) close() []*op {
 			}
 			out = append(out, o)
 		}
-		w.ops = nil
+		w.ops, w.at = nil, -1
 	}
 	clear(l.groups)
 	clear(l.topics)
-	l.ready, l.stale, l.size = nil, nil, 0
+	l.ready, l.stale, l.dues, l.size = nil, nil, nil, 0
 	return out
 }
 
