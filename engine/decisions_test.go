@@ -151,54 +151,76 @@ func outcomes(results []Result) string {
 func everyCrash(t *testing.T, l *testLog, at uint64, want []string, hash uint64) {
 	t.Helper()
 	for crash := uint64(1); crash <= uint64(len(l.entries)); crash++ {
-		fs := vfs.NewCrashableMem()
-		o := Options{FS: fs, Dir: "engine", RecentBytes: -1}
-		e, err := Open(o)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for i, en := range l.entries[:crash] {
-			if _, err := en.applyTo(e, nil); err != nil {
-				t.Fatal(err)
-			}
-			if err := e.db.Flush(); err != nil {
-				t.Fatal(err)
-			}
-			if uint64(i)+1 == at {
-				if _, err := e.Checkpoint(); err != nil {
-					t.Fatal(err)
-				}
-			}
-		}
-		o.FS = fs.CrashClone(vfs.CrashCloneCfg{})
-		if err := e.Close(); err != nil {
-			t.Fatal(err)
-		}
-		if e, err = Open(o); err != nil {
-			t.Fatal(err)
-		}
-		applied, _ := e.Applied()
-		for _, en := range l.entries[applied:] {
-			got, err := en.applyTo(e, nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if s := outcomes(got); s != want[en.index-1] {
-				t.Fatalf("crash after entry %d: entry %d gave\n%sinstead of\n%s", crash, en.index, s, want[en.index-1])
-			}
-		}
-		if _, got, err := e.FullHash(); err != nil || got != hash {
-			t.Fatalf("crash after entry %d: hash %x instead of %x, %v", crash, got, hash, err)
-		}
-		if err := e.Close(); err != nil {
-			t.Fatal(err)
+		if err := crashAfter(l, crash, at, want, hash, breakRules{}); err != nil {
+			t.Fatalf("crash after entry %d: %v", crash, err)
 		}
 	}
 }
 
+// everyRule breaks each rule of decision 16 in turn: some crash of everyCrash's has to show it.
+func everyRule(t *testing.T, l *testLog, at uint64, want []string, hash uint64) {
+	t.Helper()
+	for name, broken := range map[string]breakRules{"16a": {visibility: true}, "16b": {mutable: true}, "16c": {removal: true}} {
+		var noticed error
+		for crash := uint64(1); crash <= uint64(len(l.entries)) && noticed == nil; crash++ {
+			if noticed = crashAfter(l, crash, at, want, hash, broken); noticed != nil {
+				t.Logf("without rule %s a crash after entry %d shows: %.200v", name, crash, noticed)
+			}
+		}
+		if noticed == nil {
+			t.Errorf("rule %s is broken, and no crash shows it", name)
+		}
+	}
+}
+
+func crashAfter(l *testLog, crash, at uint64, want []string, hash uint64, broken breakRules) error {
+	fs := vfs.NewCrashableMem()
+	o := Options{FS: fs, Dir: "engine", RecentBytes: -1}
+	e, err := Open(o)
+	if err != nil {
+		return err
+	}
+	broken.set(e)
+	for i, en := range l.entries[:crash] {
+		if _, err := en.applyTo(e, nil); err != nil {
+			return closing(e, err)
+		}
+		if err := e.db.Flush(); err != nil {
+			return closing(e, err)
+		}
+		if uint64(i)+1 == at {
+			if _, err := e.Checkpoint(); err != nil {
+				return closing(e, err)
+			}
+		}
+	}
+	o.FS = fs.CrashClone(vfs.CrashCloneCfg{})
+	if err := e.Close(); err != nil {
+		return err
+	}
+	if e, err = Open(o); err != nil {
+		return err
+	}
+	broken.set(e)
+	applied, _ := e.Applied()
+	for _, en := range l.entries[applied:] {
+		got, err := en.applyTo(e, nil)
+		if err != nil {
+			return closing(e, err)
+		}
+		if s := outcomes(got); s != want[en.index-1] {
+			return closing(e, fmt.Errorf("entry %d gave\n%sinstead of\n%s", en.index, s, want[en.index-1]))
+		}
+	}
+	if _, got, err := e.FullHash(); err != nil || got != hash {
+		return closing(e, fmt.Errorf("hash %x instead of %x, %v", got, hash, err))
+	}
+	return e.Close()
+}
+
 // Decision 19: a topic that is deleted and made anew, twice, between two checkpoints is another one each time. Receipts of
 // the former ones are of no use, nothing of theirs is delivered, and a crash at any entry changes none of that, although
-// rows of all three are on the disk.
+// rows of all three are on the disk. With any rule of decision 16 broken, a crash does change it.
 func TestTopicMadeAnewBetweenCheckpoints(t *testing.T) {
 	l := openTest(t, Options{RecentBytes: -1})
 	var want []string
@@ -221,10 +243,32 @@ func TestTopicMadeAnewBetweenCheckpoints(t *testing.T) {
 		return all
 	}
 	receive := &Receive{Topic: "t", Group: "g", Max: 10, Visibility: time.Minute}
-	apply(&Publish{Topic: "t", Messages: messages(time.Hour, "old-0", "old-1", "old-2")})
+	keyed := func(life string) *Publish {
+		p := &Publish{Topic: "t", Messages: messages(time.Hour, life+"-0", life+"-1", life+"-2")}
+		for i := range p.Messages {
+			p.Messages[i].Key = fmt.Sprint("key ", i) // the same in each life
+		}
+		return p
+	}
+	apply(&Publish{Topic: "short", Messages: messages(time.Minute, "soon gone")})
+	apply(&Publish{Topic: "short", Messages: messages(time.Hour, "stays")})
+	apply(keyed("old"))
 	old := apply(receive)[0].Deliveries
 	l.checkpoint()
 	checkpoint := uint64(len(l.entries))
+	// What replay needs is not to be taken away by what comes later: a block that expires before the crash, and a group
+	// that has changed.
+	if ds := apply(&Receive{Topic: "short", Group: "g", Max: 10, Visibility: time.Minute})[0].Deliveries; len(ds) != 2 {
+		t.Fatalf("%+v", ds)
+	}
+	if r := apply(&Settle{Topic: "t", Group: "g", Op: Acknowledge, Receipts: []Receipt{old[2].Receipt}}); r[0].Codes[0] != errs.OK {
+		t.Fatal(r[0].Codes)
+	}
+	l.pass(2 * time.Minute)
+	apply(&Publish{Topic: "short", Messages: messages(time.Hour, "stays, too")})
+	if ds := apply(receive)[0].Deliveries; len(ds) != 2 || ds[0].Count != 2 {
+		t.Fatalf("%+v", ds)
+	}
 	incarnations := map[uint64]bool{}
 	incarnation := func() {
 		t.Helper()
@@ -240,9 +284,11 @@ func TestTopicMadeAnewBetweenCheckpoints(t *testing.T) {
 		if r := apply(&Settle{Topic: "t", Group: "g", Op: Acknowledge, Receipts: []Receipt{old[0].Receipt}}); r[0].Code == errs.OK && r[0].Codes[0] == errs.OK {
 			t.Fatalf("a receipt of a deleted topic was taken: %+v", r[0])
 		}
-		apply(&Publish{Topic: "t", Messages: messages(time.Hour, life+"-0", life+"-1")})
+		if r := apply(keyed(life)); r[0].Code != errs.OK {
+			t.Fatal(r[0].Code)
+		}
 		ds := apply(receive)[0].Deliveries
-		if got := bodies(ds); !slices.Equal(got, []string{life + "-0", life + "-1"}) {
+		if got := bodies(ds); !slices.Equal(got, []string{life + "-0", life + "-1", life + "-2"}) {
 			t.Fatalf("the %s topic delivers %q", life, got)
 		}
 		incarnation()
@@ -266,6 +312,7 @@ func TestTopicMadeAnewBetweenCheckpoints(t *testing.T) {
 		t.Errorf("the groups of three topics have the incarnations %v", slices.Collect(maps.Keys(incarnations)))
 	}
 	everyCrash(t, l, checkpoint, want, l.fullHash())
+	everyRule(t, l, checkpoint, want, l.fullHash())
 	l.checkpoint()
 	l.close()
 }

@@ -69,8 +69,14 @@ func fill(t *testing.T, c *harness.Cluster, topic string, total int64, header ma
 		failed atomic.Int64
 		wg     sync.WaitGroup
 	)
+	var alive []*harness.Node
+	for _, n := range c.Nodes {
+		if n.Alive() {
+			alive = append(alive, n)
+		}
+	}
 	for i := range 4 {
-		cl := client(t, c.Nodes[i%len(c.Nodes)])
+		cl := client(t, alive[i%len(alive)])
 		wg.Go(func() {
 			for {
 				n := next.Add(per)

@@ -27,6 +27,8 @@ type Options struct {
 	NodeArgs func(id string) []string
 	// DataDir returns a node's data directory; nil for one below the cluster's own.
 	DataDir func(id string) string
+	// Wrap returns what one node's command line begins with; nil for nothing. What it names has to become the node.
+	Wrap func(id string) []string
 	// TLS is spoken on the HTTP and Valkey ports with the server's certificate of these; nil for none. That clients have to
 	// have certificates as well is up to Args.
 	TLS *Certificates
@@ -237,7 +239,11 @@ func (n *Node) StartWith(args ...string) {
 	if n.proc != nil && n.proc.Alive() {
 		n.c.TB.Fatalf("%s runs already", n.ID)
 	}
-	argv := append([]string{n.c.binary}, n.Arguments()...)
+	var argv []string
+	if n.c.opts.Wrap != nil {
+		argv = append(argv, n.c.opts.Wrap(n.ID)...)
+	}
+	argv = append(append(argv, n.c.binary), n.Arguments()...)
 	n.proc = StartProcess(n.c.TB, n.Log, n.c.Dir, nil, append(argv, args...)...)
 	n.paused = false
 }
