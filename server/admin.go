@@ -161,15 +161,16 @@ func clusterOf(st raft.Status) wire.Cluster {
 	return c
 }
 
-// member reads the member a request names and carries the change out. Catching a new member up takes as long as
-// its snapshot takes, so these requests have the client's patience and no deadline of ours.
+// member carries out a change of the member that a request names. A new member is only invited: catching it up is not
+// waited for.
 func (x *exchange) member(name string, change func(context.Context, string) error) {
 	if !validName(name) {
 		x.fail(errs.New(errs.InvalidName, "the node id is not valid"))
 		return
 	}
-	_ = http.NewResponseController(x.w).SetWriteDeadline(time.Time{})
-	if err := change(x.r.Context(), name); err != nil {
+	ctx, cancel := x.commandContext()
+	defer cancel()
+	if err := change(ctx, name); err != nil {
 		x.fail(errs.From(err))
 		return
 	}

@@ -59,6 +59,12 @@ func tercet(t *testing.T, deadline time.Duration, args ...string) (stdout, stder
 // of unknown outcome is sent again: some messages may be there twice.
 func fill(t *testing.T, c *harness.Cluster, topic string, total int64, header map[string]string) {
 	t.Helper()
+	fillCounting(t, c, topic, total, header, new(atomic.Int64))
+}
+
+// fillCounting is fill, and adds the bytes to a counter before they are sent.
+func fillCounting(t *testing.T, c *harness.Cluster, topic string, total int64, header map[string]string, sent *atomic.Int64) {
+	t.Helper()
 	const (
 		size = 64 << 10
 		per  = 32
@@ -87,6 +93,7 @@ func fill(t *testing.T, c *harness.Cluster, topic string, total int64, header ma
 				for j := range int64(per) {
 					bodies = append(bodies, workload.Body(fmt.Sprintf("%s-%d", topic, n-per+j), size))
 				}
+				sent.Add(per * size)
 				for {
 					_, a := cl.BatchWith(t.Context(), topic, bodies, func(int) map[string]string { return header })
 					if a.Outcome == harness.OK {
