@@ -18,9 +18,13 @@ func Until(tb testing.TB, deadline time.Duration, what string, cond func() error
 	}
 }
 
+// stepMax is how much of the time between two looks at a condition counts: a machine that stood still for longer gave
+// nobody the time to fulfil it.
+const stepMax = 3 * time.Second
+
 // Poll calls cond until it returns nil or the deadline has passed, and then returns its last error.
 func Poll(deadline time.Duration, cond func() error) error {
-	start := time.Now()
+	last, waited := time.Now(), time.Duration(0)
 	ticker := time.NewTicker(pollEvery)
 	defer ticker.Stop()
 	for {
@@ -28,7 +32,8 @@ func Poll(deadline time.Duration, cond func() error) error {
 		if err == nil {
 			return nil
 		}
-		if waited := time.Since(start); waited > deadline {
+		waited += min(time.Since(last), stepMax)
+		if last = time.Now(); waited > deadline {
 			return fmt.Errorf("not within %v: %w", waited.Round(time.Millisecond), err)
 		}
 		<-ticker.C
