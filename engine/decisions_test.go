@@ -212,8 +212,12 @@ func crashAfter(l *testLog, crash, at uint64, want []string, hash uint64, broken
 			return closing(e, fmt.Errorf("entry %d gave\n%sinstead of\n%s", en.index, s, want[en.index-1]))
 		}
 	}
-	if _, got, err := e.FullHash(); err != nil || got != hash {
-		return closing(e, fmt.Errorf("hash %x instead of %x, %v", got, hash, err))
+	_, got, err := e.FullHash()
+	if err == nil && got != hash {
+		err = fmt.Errorf("hash %x instead of %x", got, hash)
+	}
+	if err != nil {
+		return closing(e, err)
 	}
 	return e.Close()
 }

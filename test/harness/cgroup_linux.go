@@ -149,5 +149,5 @@ func (f *Filesystem) device() string {
 	if err := syscall.Stat(f.Dir, &st); err != nil {
 		f.tb.Fatal(err)
 	}
-	return fmt.Sprintf("%d:%d", unix.Major(uint64(st.Dev)), unix.Minor(uint64(st.Dev)))
+	return fmt.Sprintf("%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev))
 }
