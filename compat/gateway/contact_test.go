@@ -14,7 +14,7 @@ import (
 // TestContact sends the template's three requests as they stand in its README.
 func TestContact(t *testing.T) {
 	r := redistest.Start(t)
-	a := openContact(t, Options{Target: Target{Addr: r.Addr()}}, server.ContactOptions{Timeout: 200 * time.Millisecond})
+	a := openContact(t, Options{Target: Target{Addr: r.Addr()}}, server.ContactOptions{Timeout: time.Hour})
 
 	produce := func(body string) answer {
 		return a.call("POST", "/api/messages/produce", body, "Content-Type", "application/json")
@@ -30,7 +30,10 @@ func TestContact(t *testing.T) {
 			t.Errorf("%s: %s", bad, got.body)
 		}
 	}
-	consume := func(query string) string { return a.status(200, a.call("GET", "/api/messages/consume"+query, "")).body }
+	consumeFrom := func(a *api, query string) string {
+		return a.status(200, a.call("GET", "/api/messages/consume"+query, "")).body
+	}
+	consume := func(query string) string { return consumeFrom(a, query) }
 	want := fmt.Sprintf(`{"message":{"messageId":%q,"name":"John Doe","email":"john@example.com","message":"Hello!","timestamp":%q,"deliveryCount":1}}`, made.MessageID, made.Timestamp)
 	for range 3 {
 		if got := consume(""); got != want {
@@ -40,12 +43,13 @@ func TestContact(t *testing.T) {
 	if got := consume("?consumer=second"); !strings.Contains(got, "Jane") {
 		t.Errorf("another reviewer sees %s", got)
 	}
-	if got := consume("?consumer=third"); got != `{"message":null}` && !strings.Contains(got, `"deliveryCount":2`) {
+	if got := consume("?consumer=third"); got != `{"message":null}` {
 		t.Errorf("a third reviewer sees %s", got)
 	}
-	// What was held too long goes to whoever asks next.
+	// What was held too long, which for this gateway is no time at all, goes to whoever asks next.
+	hasty := openContact(t, Options{Target: Target{Addr: r.Addr()}}, server.ContactOptions{Timeout: time.Millisecond})
 	redistest.Until(t, 10*time.Second, "the time-out", func() error {
-		if got := consume("?consumer=fourth"); !strings.Contains(got, `"deliveryCount":2`) {
+		if got := consumeFrom(hasty, "?consumer=fourth"); !strings.Contains(got, `"deliveryCount":2`) {
 			return fmt.Errorf("%s", got)
 		}
 		return nil

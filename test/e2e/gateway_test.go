@@ -89,7 +89,7 @@ func TestGatewaySDK(t *testing.T) {
 		if err != nil {
 			t.Errorf("the gateway stops with %v", err)
 		}
-	case <-time.After(20 * time.Second):
+	case <-time.After(2 * time.Minute):
 		t.Error("the gateway does not stop")
 	}
 }
