@@ -176,16 +176,24 @@ func (c *conn) requestContext() (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.Background(), c.s.limits.RequestTimeout)
 }
 
+// validUser reports whether a user may have that name.
+func validUser(name string) bool { return acl.ValidName(name) && len(name) <= 1024 }
+
+// validRule reports whether a rule can be told from others where users are kept: rules stand there with blanks between them.
+func validRule(rule string) bool {
+	return !strings.ContainsAny(rule, " \t\r\n\x00") || strings.HasPrefix(rule, ">") || strings.HasPrefix(rule, "<") || strings.HasPrefix(rule, "(")
+}
+
 func cmdACLSetUser(c *conn, a [][]byte) {
 	name := string(a[2])
-	if !acl.ValidName(name) || len(name) > 1024 {
+	if !validUser(name) {
 		c.w.Error("ERR Usernames can't contain spaces or null characters")
 		return
 	}
 	rules := make([]string, len(a)-3)
 	for i, r := range a[3:] {
 		rules[i] = string(r)
-		if strings.ContainsAny(rules[i], " \t\r\n\x00") && !strings.HasPrefix(rules[i], ">") && !strings.HasPrefix(rules[i], "<") && !strings.HasPrefix(rules[i], "(") {
+		if !validRule(rules[i]) {
 			c.w.Error("ERR Error in ACL SETUSER modifier '" + rules[i] + "': Syntax error")
 			return
 		}

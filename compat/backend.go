@@ -32,4 +32,5 @@ type Backend interface {
 var (
 	_ Backend     = (*raft.Node)(nil)
 	_ Broadcaster = (*raft.Node)(nil)
+	_ KeyFollower = (*raft.Node)(nil)
 )

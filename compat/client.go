@@ -33,6 +33,7 @@ type description struct {
 	watch       int
 	qbuf        int
 	flags       string
+	redirect    int64 // of tracking, -1 without
 	noEvict     bool
 	noTouch     bool
 	initialized bool
@@ -43,7 +44,7 @@ func (d *description) setUser(name string) {
 	defer d.mu.Unlock()
 	d.user = name
 	if !d.initialized {
-		d.initialized, d.proto, d.multi = true, 2, -1
+		d.initialized, d.proto, d.multi, d.redirect = true, 2, -1, -1
 	}
 }
 
@@ -99,10 +100,10 @@ func (c *conn) line() string {
 	if last == "" {
 		last = "NULL"
 	}
-	return fmt.Sprintf("id=%d addr=%s laddr=%s fd=-1 name=%s age=%d idle=%d flags=%s db=0 sub=%d psub=%d ssub=%d multi=%d watch=%d qbuf=%d qbuf-free=0 argv-mem=0 multi-mem=0 rbs=0 rbp=0 obl=%d oll=%d omem=%d tot-mem=%d events=r cmd=%s user=%s redir=-1 resp=%d lib-name=%s lib-ver=%s",
+	return fmt.Sprintf("id=%d addr=%s laddr=%s fd=-1 name=%s age=%d idle=%d flags=%s db=0 sub=%d psub=%d ssub=%d multi=%d watch=%d qbuf=%d qbuf-free=0 argv-mem=0 multi-mem=0 rbs=0 rbp=0 obl=%d oll=%d omem=%d tot-mem=%d events=r cmd=%s user=%s redir=%d resp=%d lib-name=%s lib-ver=%s",
 		c.id, c.nc.RemoteAddr(), c.nc.LocalAddr(), d.name, int(now.Sub(c.since).Seconds()),
 		int(now.Sub(time.Unix(0, d.lastAt.Load())).Seconds()), flags, d.sub, d.psub, d.ssub, d.multi, d.watch, d.qbuf,
-		obl, oll, obl, obl+d.qbuf, last, d.user, d.proto, d.libName, d.libVer)
+		obl, oll, obl, obl+d.qbuf, last, d.user, d.redirect, d.proto, d.libName, d.libVer)
 }
 
 func sortByID(list []*conn) []*conn {
@@ -171,7 +172,7 @@ func cmdReset(c *conn, _ [][]byte) {
 	c.multi, c.watches = nil, nil
 	c.s.bus.leave(c)
 	c.subs = nil
-	c.tracking = tracking{}
+	c.endTracking()
 	c.noReply, c.skipReply, c.readOnly, c.asking = false, false, false, false
 	c.w.V3 = false
 	c.desc.set(func(d *description) {
@@ -621,55 +622,6 @@ func cmdClientPause(c *conn, _ [][]byte) {
 	c.w.Error("ERR CLIENT PAUSE is not supported: other nodes would go on")
 }
 
-// tracking is client-side caching as far as it is offered: whatever is read under tracking is invalidated right after its
-// reply, which the protocol allows and which keeps clients correct without remembering what they have.
-type tracking struct {
-	on, optIn, optOut, noLoop bool
-	// caching is what CLIENT CACHING said about the next command.
-	caching, cachingSet bool
-}
-
-func cmdClientTracking(c *conn, a [][]byte) {
-	var t tracking
-	for i := 3; i < len(a); i++ {
-		switch lower(a[i]) {
-		case "optin":
-			t.optIn = true
-		case "optout":
-			t.optOut = true
-		case "noloop":
-			t.noLoop = true
-		case "bcast", "prefix", "redirect":
-			c.w.Error("ERR " + strings.ToUpper(string(a[i])) + " is not supported: CLIENT TRACKING is offered with OPTIN, OPTOUT and NOLOOP")
-			return
-		default:
-			c.w.Error("ERR syntax error")
-			return
-		}
-	}
-	switch lower(a[2]) {
-	case "on":
-		if t.optIn && t.optOut {
-			c.w.Error("ERR You can't specify both OPTIN mode and OPTOUT mode")
-			return
-		}
-		t.on = true
-		c.tracking = t
-	case "off":
-		c.tracking = tracking{}
-	default:
-		c.w.Error("ERR syntax error")
-		return
-	}
-	c.desc.set(func(d *description) {
-		d.flags = ""
-		if c.tracking.on {
-			d.flags = "t"
-		}
-	})
-	c.w.OK()
-}
-
 func cmdClientCaching(c *conn, a [][]byte) {
 	t := &c.tracking
 	if !t.on {
@@ -694,74 +646,6 @@ func cmdClientCaching(c *conn, a [][]byte) {
 		return
 	}
 	c.w.OK()
-}
-
-func cmdClientTrackingInfo(c *conn, _ [][]byte) {
-	t := &c.tracking
-	flags := []string{"off"}
-	if t.on {
-		flags[0] = "on"
-		for _, f := range []struct {
-			set  bool
-			name string
-		}{{t.optIn, "optin"}, {t.optOut, "optout"}, {t.noLoop, "noloop"}, {t.cachingSet && t.caching, "caching-yes"}, {t.cachingSet && !t.caching, "caching-no"}} {
-			if f.set {
-				flags = append(flags, f.name)
-			}
-		}
-	}
-	c.w.Map(3)
-	c.w.String("flags")
-	c.w.Set(len(flags))
-	for _, f := range flags {
-		c.w.String(f)
-	}
-	c.w.String("redirect")
-	if t.on {
-		c.w.Int(0)
-	} else {
-		c.w.Int(-1)
-	}
-	c.w.String("prefixes")
-	c.w.Array(0)
-}
-
-func cmdClientGetRedir(c *conn, _ [][]byte) {
-	if c.tracking.on {
-		c.w.Int(0)
-	} else {
-		c.w.Int(-1)
-	}
-}
-
-// trackRead appends to the reply in w the invalidation of the keys that a read under tracking named.
-func (c *conn) trackRead(spec *command.Spec, args [][]byte) {
-	t := &c.tracking
-	if !t.on || !c.w.V3 {
-		return
-	}
-	tracked := !t.optIn
-	if t.cachingSet {
-		tracked = t.caching
-		t.cachingSet = false
-	}
-	if !tracked || !spec.Is(command.ReadOnly) {
-		return
-	}
-	c.keyUses = spec.Keys(c.keyUses[:0], args)
-	if len(c.keyUses) == 0 {
-		return
-	}
-	appendInvalidation(&c.w, args, c.keyUses)
-}
-
-func appendInvalidation(w *resp.Buffer, args [][]byte, keys []command.KeyUse) {
-	w.Push(2)
-	w.String("invalidate")
-	w.Array(len(keys))
-	for _, k := range keys {
-		w.Bulk(args[k.Index])
-	}
 }
 
 func cmdReadOnly(c *conn, _ [][]byte) {

@@ -135,7 +135,9 @@ func (c *conn) serve() {
 		close(c.readEnd)
 		c.flush()
 	}()
-	c.begin()
+	if !c.begin() {
+		return
+	}
 	for {
 		args, err := c.r.Buffer()
 		if err == nil && args == nil {
@@ -160,11 +162,37 @@ func (c *conn) serve() {
 }
 
 // begin makes the client the default user if that one needs no password, or who its certificate says.
-func (c *conn) begin() {
+// It reports false when the connection has ended before that was known.
+func (c *conn) begin() bool {
 	c.usersRev = c.s.usersRev.Load()
 	c.setUser(c.s.users.Default(), false)
 	c.authenticated = c.user.Enabled && c.user.NoPassword
 	c.limits()
+	secured, ok := c.nc.(*tls.Conn)
+	if !ok || !c.s.opts.CertificateUsers {
+		return true
+	}
+	ctx, cancel := c.s.untilClosing(c.s.limits.LoginTimeout)
+	defer cancel()
+	if err := secured.HandshakeContext(ctx); err != nil {
+		c.kill("login")
+		return false
+	}
+	state := secured.ConnectionState()
+	if len(state.VerifiedChains) == 0 {
+		return true
+	}
+	name := state.PeerCertificates[0].Subject.CommonName
+	u := c.s.users.Get(name)
+	if u == nil && c.s.freshUsers() {
+		u = c.s.users.Get(name) // another node may have set the user a moment ago
+	}
+	if u == nil || !u.Enabled {
+		c.s.log.Debug("a client's certificate names nobody who may log in", "client", c.nc.RemoteAddr(), "name", name)
+		return true
+	}
+	c.setUser(u, true)
+	return true
 }
 
 // setUser makes u the client's user.
@@ -241,6 +269,7 @@ func (c *conn) ended(err error) {
 // leave gives back what the reader holds.
 func (c *conn) leave() {
 	c.s.bus.leave(c)
+	c.endTracking()
 	if c.up != nil {
 		c.up.end()
 	}

@@ -362,3 +362,19 @@ func TestCluster(t *testing.T) {
 		t.Errorf("INFO: %s", info)
 	}
 }
+
+// TestFailedLogins: above the allowed number a second, each failed login waits for a place behind all others.
+func TestFailedLogins(t *testing.T) {
+	s, _ := start(t, Options{Limits: Limits{AuthFailures: 10}})
+	here, there := net.Pipe()
+	defer there.Close()
+	gone := newConn(s, here)
+	gone.kill("") // whoever is gone does not wait, but has taken a place
+	before := time.Now()
+	for range 100 {
+		s.logins.failed(gone)
+	}
+	if ahead := s.logins.next.Sub(before); ahead < 9*time.Second {
+		t.Errorf("a hundred failures of ten a second are a queue of %v", ahead)
+	}
+}

@@ -40,6 +40,9 @@ type Options struct {
 	// TLS, when set, is spoken on every connection; ClientCertificates says that it lets nobody in without a certificate.
 	TLS                *tls.Config
 	ClientCertificates bool
+	// CertificateUsers makes a client the user that its certificate's common name says, if there is such a user and it is on
+	// (Valkey's tls-auth-clients-user CN).
+	CertificateUsers bool
 	// Upstream, when set, is a real server that answers what the log does not: commands on keys that match no pattern of
 	// UpstreamKeep, and commands that the log does not know.
 	Upstream     Upstream
@@ -123,6 +126,7 @@ type Server struct {
 	memory     memory
 	clients    clients
 	bus        bus
+	broadcasts broadcasts
 	blocked    atomic.Int64
 	started    time.Time
 	runID      string
@@ -237,6 +241,9 @@ func (s *Server) Serve(l net.Listener) error {
 func (s *Server) begin() {
 	if b, ok := s.backend.(Broadcaster); ok {
 		b.OnBroadcast(s.received)
+	}
+	if b, ok := s.backend.(KeyFollower); ok {
+		b.OnKeys(s.keysChanged)
 	}
 	s.firstUsers()
 	s.mu.Lock()

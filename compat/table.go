@@ -81,7 +81,7 @@ var locals = map[string]localFunc{
 		"REPLY (ON|OFF|SKIP)", "    Control the replies sent to the current connection.",
 		"SETINFO <option> <value>", "    Set lib-name or lib-ver.",
 		"SETNAME <name>", "    Assign the name <name> to the current connection.",
-		"TRACKING (ON|OFF) [OPTIN] [OPTOUT] [NOLOOP]", "    Control server assisted client side caching.",
+		"TRACKING (ON|OFF) [REDIRECT <id>] [BCAST] [PREFIX <prefix> [...]] [OPTIN] [OPTOUT] [NOLOOP]", "    Control server assisted client side caching.",
 		"TRACKINGINFO", "    Report tracking status for the current connection.",
 		"UNBLOCK <clientid> [TIMEOUT|ERROR]", "    Unblock the specified blocked client."),
 	"command|help": help(

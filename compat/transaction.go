@@ -119,7 +119,7 @@ func cmdExec(c *conn, _ [][]byte) {
 		}
 	}
 	var after []byte
-	if tr := &c.tracking; tr.on && c.w.V3 {
+	if c.tracking.tracked() {
 		after = c.invalidations(t)
 	}
 	if len(exec.Ops) == 0 && len(watches) == 0 {
@@ -201,22 +201,12 @@ func (c *conn) localReply(q queued) []byte {
 
 // invalidations are those of all keys that a transaction's reads named.
 func (c *conn) invalidations(t *transaction) []byte {
-	tr := &c.tracking
-	tracked := !tr.optIn
-	if tr.cachingSet {
-		tracked, tr.cachingSet = tr.caching, false
-	}
-	if !tracked {
-		return nil
-	}
 	w := resp.Buffer{V3: true}
 	for _, q := range t.commands {
 		if !q.spec.Is(command.ReadOnly) {
 			continue
 		}
-		if keys := q.spec.Keys(nil, q.args); len(keys) > 0 {
-			appendInvalidation(&w, q.args, keys)
-		}
+		c.invalidateRead(&w, q.args, q.spec.Keys(nil, q.args))
 	}
 	return w.B
 }

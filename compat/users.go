@@ -162,10 +162,27 @@ func (s *Server) errUsersFile() string {
 
 // changeUser replaces a user's document by what change makes of the user. It returns what to answer, empty for success.
 func (s *Server) changeUser(ctx context.Context, name string, change func(u *acl.User) (*acl.User, error)) string {
+	if _, err := changeUser(ctx, s.backend, name, change); err != nil {
+		return errorText(err)
+	}
+	if err := s.loadUsers(ctx); err != nil {
+		return errorText(err)
+	}
+	return ""
+}
+
+// UserDocuments is what keeping users needs of a node. *raft.Node is one.
+type UserDocuments interface {
+	Propose(ctx context.Context, p raft.Proposal) (raft.Reply, error)
+	Query(ctx context.Context, q engine.Query) (engine.Answer, error)
+}
+
+// changeUser replaces a user's document by what change makes of the user, which it returns.
+func changeUser(ctx context.Context, b UserDocuments, name string, change func(u *acl.User) (*acl.User, error)) (*acl.User, error) {
 	for attempt := 0; ; attempt++ {
-		a, err := s.backend.Query(ctx, engine.Query{Kind: engine.QueryDocuments, Table: usersTable, Key: name})
+		a, err := b.Query(ctx, engine.Query{Kind: engine.QueryDocuments, Table: usersTable, Key: name})
 		if err != nil {
-			return errorText(err)
+			return nil, err
 		}
 		u := acl.NewUser(name)
 		if name == acl.DefaultName {
@@ -175,47 +192,55 @@ func (s *Server) changeUser(ctx context.Context, name string, change func(u *acl
 		if len(a.Documents) > 0 {
 			doc.IfAbsent, doc.IfRevision = false, a.Documents[0].Revision
 			if u, err = acl.NewUser(name).Set(strings.Fields(string(a.Documents[0].Value))...); err != nil {
-				return "ERR the user's stored rules cannot be read: " + err.Error()
+				return nil, errs.New(errs.Internal, "the user's stored rules cannot be read: %s", err.Error())
 			}
 		}
 		next, err := change(u)
 		if err != nil {
-			return "ERR " + err.Error()
+			return nil, errs.New(errs.InvalidBody, "%s", err.Error())
 		}
 		doc.Value = []byte(next.Rules())
-		reply, err := s.backend.Propose(ctx, raft.Proposal{Command: doc.AppendTo(nil)})
+		reply, err := b.Propose(ctx, raft.Proposal{Command: doc.AppendTo(nil)})
 		switch {
 		case err != nil:
-			return errorText(err)
+			return nil, err
 		case reply.Code == errs.Conflict && attempt < 10:
 			continue
 		case reply.Code != errs.OK:
-			return refusalText(reply.Code)
+			return nil, errs.Of(reply.Code)
 		}
-		break
+		return next, nil
 	}
-	if err := s.loadUsers(ctx); err != nil {
-		return errorText(err)
-	}
-	return ""
 }
 
 // deleteUser removes a user's document and reports whether there was one.
 func (s *Server) deleteUser(ctx context.Context, name string) (bool, string) {
-	doc := engine.Document{Table: usersTable, Key: name, Delete: true}
-	reply, err := s.backend.Propose(ctx, raft.Proposal{Command: doc.AppendTo(nil)})
-	switch {
-	case err != nil:
+	gone, err := deleteUser(ctx, s.backend, name)
+	if err != nil {
 		return false, errorText(err)
-	case reply.Code == errs.NotFound:
+	}
+	if !gone {
 		return false, ""
-	case reply.Code != errs.OK:
-		return false, refusalText(reply.Code)
 	}
 	if err := s.loadUsers(ctx); err != nil {
 		return false, errorText(err)
 	}
 	return true, ""
+}
+
+// deleteUser removes a user's document and reports whether there was one.
+func deleteUser(ctx context.Context, b UserDocuments, name string) (bool, error) {
+	doc := engine.Document{Table: usersTable, Key: name, Delete: true}
+	reply, err := b.Propose(ctx, raft.Proposal{Command: doc.AppendTo(nil)})
+	switch {
+	case err != nil:
+		return false, err
+	case reply.Code == errs.NotFound:
+		return false, nil
+	case reply.Code != errs.OK:
+		return false, errs.Of(reply.Code)
+	}
+	return true, nil
 }
 
 // LoadUsersFile reads a file of users for Options.Users.

@@ -43,7 +43,7 @@ func (e *Engine) Apply(index, term uint64, entry []byte, results []Result, fx *E
 
 func (fx *Effects) reset() {
 	fx.Deliverable, fx.Due = fx.Deliverable[:0], fx.Due[:0]
-	fx.Appended, fx.Documents = fx.Appended[:0], fx.Documents[:0]
+	fx.Appended, fx.Keys, fx.Documents = fx.Appended[:0], fx.Keys[:0], fx.Documents[:0]
 	fx.Topics, fx.InSync, fx.Configuration = false, false, false
 }
 
@@ -409,6 +409,7 @@ func (e *Engine) topicNamed(name []byte) (*topic, errs.Code) {
 	t := newTopic(string(name), e.incarnations)
 	t.dirty = true
 	t.changed = e.index
+	e.noteKey(t.name)
 	e.topics[t.name], e.byInc[t.inc] = t, t
 	e.absent = e.index
 	e.dirtRough.Add(int64(len(name)) + 64)

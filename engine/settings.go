@@ -159,6 +159,7 @@ func (e *Engine) dropTopic(t *topic) {
 	delete(e.byExpiry, t.inc)
 	delete(e.catching, t.inc)
 	e.keyGone()
+	e.noteKey(t.name)
 	if t.open != nil {
 		e.open = slices.DeleteFunc(e.open, func(o *topic) bool { return o == t })
 		t.open = nil
@@ -180,6 +181,7 @@ func (e *Engine) dropGroup(g *group) {
 	delete(g.topic.groups, g.name)
 	delete(g.topic.byInc, g.inc)
 	g.topic.changed, g.topic.dirty = e.index, true
+	e.noteKey(g.topic.name)
 	e.touched = slices.DeleteFunc(e.touched, func(o *group) bool { return o == g })
 	e.groups[g.number] = nil
 	e.freeGroups = append(e.freeGroups, g.number)
@@ -206,6 +208,7 @@ func (e *Engine) purge(t *topic) {
 	t.removeBelow(t.next)
 	t.firstIndex, t.firstPos = e.index, e.pos
 	t.changed = e.index
+	e.noteKey(t.name)
 	// Keys of what is gone are free again. Their rows are, as ever, never written a second time: the topic takes
 	// a new number to hash them with.
 	e.incarnations++

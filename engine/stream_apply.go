@@ -209,6 +209,7 @@ func (e *Engine) trim(t *topic, c *Trim) (uint64, error) {
 		t.removeBelow(to)
 	}
 	t.changed, t.dirty = e.index, true
+	e.noteKey(t.name)
 	e.dirtRough.Add(64)
 	return n, nil
 }

@@ -139,6 +139,7 @@ func (e *Engine) wakeParked(t *topic) {
 }
 
 func (e *Engine) dropString(s *stringKey) {
+	e.noteKey(s.name)
 	delete(e.strings, s.name)
 	delete(e.byExpiry, s.inc)
 	e.stringBytes -= s.bytes()
@@ -152,6 +153,13 @@ func (e *Engine) keyGone() {
 	e.dirtRough.Add(128)
 	if e.fx != nil {
 		e.fx.Topics = true
+	}
+}
+
+// noteKey tells whoever follows keys that one has changed.
+func (e *Engine) noteKey(name string) {
+	if e.fx != nil {
+		e.fx.Keys = append(e.fx.Keys, name)
 	}
 }
 
@@ -209,6 +217,8 @@ func (e *Engine) applyKeyRename(c *KeyRename, res *Result) {
 		return
 	}
 	e.dropKey(c.To)
+	e.noteKey(c.From)
+	e.noteKey(c.To)
 	if t := e.topics[c.From]; t != nil {
 		e.wakeParked(t)
 		delete(e.topics, c.From)
@@ -283,9 +293,11 @@ func (e *Engine) applyKeyExpire(c *KeyExpire, res *Result) {
 func (e *Engine) changedKey(t *topic, s *stringKey) {
 	if t != nil {
 		t.changed, t.dirty = e.index, true
+		e.noteKey(t.name)
 	}
 	if s != nil {
 		s.changed, s.dirty = e.index, true
+		e.noteKey(s.name)
 	}
 	e.dirtRough.Add(64)
 }
@@ -348,6 +360,7 @@ func (e *Engine) applyStringSet(c *StringSet, res *Result) {
 		n.inc = e.incarnations
 		e.keyGone()
 	}
+	e.noteKey(n.name)
 	e.strings[c.Key] = n
 	e.stringBytes += n.bytes()
 	e.expires(n.inc, n.name, at)

@@ -469,6 +469,7 @@ func (e *Engine) removeEntry(t *topic, b *block, i uint32) {
 	}
 	t.mark(b.base + uint64(i))
 	t.changed = e.index
+	e.noteKey(t.name)
 	e.dirtRough.Add(64)
 	t.noteDead(b)
 }

@@ -335,7 +335,9 @@ type Effects struct {
 	Due []GroupRef
 	// Appended names the topics that got entries or came to stand under this name, Topics is set when a topic came or went, and Documents names the tables
 	// that changed. They are for whoever watches this node's state, on followers too.
+	// Keys names the keys that changed otherwise, as WATCH sees it; a name may stand there more than once.
 	Appended  []string
+	Keys      []string
 	Topics    bool
 	Documents []string
 	// InSync is set when the in-sync set changed.

@@ -121,6 +121,12 @@ func (n *Node) noteEffects(fx *engine.Effects) {
 	for _, topic := range fx.Appended {
 		n.watches.signal(WatchTopic, topic)
 	}
+	if len(fx.Appended) > 0 {
+		n.watches.keysChanged(fx.Appended)
+	}
+	if len(fx.Keys) > 0 {
+		n.watches.keysChanged(fx.Keys)
+	}
 	if fx.Topics {
 		n.watches.signal(WatchTopics, "")
 	}

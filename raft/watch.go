@@ -26,6 +26,9 @@ type watches struct {
 
 	mu sync.Mutex
 	by map[watchKey]map[chan struct{}]struct{}
+
+	// keys is told of the keys that an entry changed.
+	keys atomic.Pointer[func(keys []string)]
 }
 
 type watchKey struct {
@@ -77,6 +80,7 @@ func (w *watches) signal(kind WatchKind, name string) {
 
 // signalAll tells everybody: the state was replaced as a whole.
 func (w *watches) signalAll() {
+	w.keysChanged(nil)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, set := range w.by {
@@ -84,6 +88,23 @@ func (w *watches) signalAll() {
 			tell(ch)
 		}
 	}
+}
+
+// keysChanged tells of the keys that an entry changed; nil stands for all.
+func (w *watches) keysChanged(keys []string) {
+	if f := w.keys.Load(); f != nil {
+		(*f)(keys)
+	}
+}
+
+// OnKeys has changed called with the keys that each entry changed as this node has applied it, with nil after the whole
+// state was replaced. It is called while applying: it must be short, and must not keep the slice. nil ends it.
+func (n *Node) OnKeys(changed func(keys []string)) {
+	if changed == nil {
+		n.watches.keys.Store(nil)
+		return
+	}
+	n.watches.keys.Store(&changed)
 }
 
 func tell(ch chan struct{}) {

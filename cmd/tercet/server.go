@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"tercet.dev/tercet/compat"
 	"tercet.dev/tercet/internal/nodecert"
 	"tercet.dev/tercet/raft"
 	"tercet.dev/tercet/server"
@@ -405,7 +406,7 @@ func (a *app) server(ctx context.Context, o *serverOptions) error {
 	}
 	defer pusher.Close()
 	srv, err := server.New(server.Options{
-		Extensions: []server.Extension{pusher.Extension(), nodecert.Extension(node)},
+		Extensions: []server.Extension{pusher.Extension(), nodecert.Extension(node), compat.UsersExtension(node, o.valkey.acl)},
 		Backend:    node, Version: version, Logger: log.Named("http"), Registerer: registry, Gatherer: registry,
 		PublicHosts: o.publicHosts, VirtualClock: o.virtualClock, Contact: server.NewNodeContact(node, o.contact.options()), Authorizer: secured.tokens, TLS: secured.tls,
 	})

@@ -19,6 +19,7 @@ type valkeyOptions struct {
 	addr, announce string
 	mode           string
 	acl            string
+	certUsers      bool
 	flushAllowed   bool
 	// upstream is a real server beside the log, keep the patterns of the keys that are the log's.
 	upstream string
@@ -31,6 +32,7 @@ func (o *valkeyOptions) register(f *pflag.FlagSet) {
 	f.StringVar(&o.announce, "valkey-announce", "", "`address` that cluster clients and the other nodes are told instead of --valkey")
 	f.StringVar(&o.mode, "valkey-mode", "standalone", "what Valkey clients see: standalone (every node takes everything) or cluster (one shard, clients are sent to the leader)")
 	f.StringVar(&o.acl, "valkey-acl", "", "`file` of users in Valkey's form; without it users are the cluster's own (ACL SETUSER)")
+	f.BoolVar(&o.certUsers, "valkey-cert-users", false, "let Valkey clients in as the user that the common name of their certificate says; needs --tls-client-ca")
 	f.StringVar(&o.upstream, "upstream", "", "`address` of a real server, rediss://user:password@host:port: commands on keys that match no --upstream-except, and commands that Tercet does not know, are passed to it")
 	f.StringSliceVar(&o.keep, "upstream-except", nil, "`patterns` of the keys whose streams Tercet keeps in spite of --upstream: 'orders*,contact-*'")
 	o.login.register(f)
@@ -52,6 +54,9 @@ func (o *valkeyOptions) check(authenticated, insecure bool) error {
 		if _, _, err := net.SplitHostPort(o.announce); err != nil {
 			problems = append(problems, fmt.Errorf("--valkey-announce %q: want HOST:PORT", o.announce))
 		}
+	}
+	if o.certUsers && !authenticated {
+		problems = append(problems, errors.New("--valkey-cert-users needs --tls-client-ca: nobody else says whom a certificate is to be believed from"))
 	}
 	switch {
 	case o.upstream != "" && len(o.keep) == 0:
@@ -91,7 +96,7 @@ func (o *valkeyOptions) open(node *raft.Node, listeners []net.Listener, secured 
 	}
 	options := compat.Options{
 		Backend: node, Version: version, Logger: log.Named("valkey"), Registerer: registry, Cluster: o.mode == "cluster",
-		FlushAllowed: o.flushAllowed, Insecure: insecure, TLS: secured.tls, ClientCertificates: clientCerts,
+		FlushAllowed: o.flushAllowed, Insecure: insecure, TLS: secured.tls, ClientCertificates: clientCerts, CertificateUsers: o.certUsers,
 	}
 	if o.upstream != "" {
 		target, err := o.login.target(context.Background(), "--upstream", o.upstream)
