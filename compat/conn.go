@@ -54,10 +54,22 @@ type conn struct {
 
 	desc description
 
-	// up is the session on the upstream, once there was a command for it.
-	up *upstreamConn
-	// upMulti says where an open transaction runs, upDirty that a command of it was refused.
+	// ups are the sessions on the upstream, by address, once there were commands for them; upLeft is set when the reader
+	// has ended. upOne is the session of an upstream that is one server.
+	upMu   sync.Mutex
+	ups    map[string]*upstreamConn
+	upLeft bool
+	upOne  *upstreamConn
+	upV3   atomic.Bool
+	// routes is the map of the upstream's slots that the client's commands follow.
+	routes *routes
+	// upWatch is the session that watches keys, upChannels the one that has subscriptions other than to a shard's channels;
+	// upSubscribing is set once there was any.
+	upWatch, upChannels *upstreamConn
+	upSubscribing       bool
+	// upMulti says where an open transaction runs, upQueue what is in it, upDirty that a command of it was refused.
 	upMulti multiSide
+	upQueue upstreamQueue
 	upDirty bool
 
 	lastZones atomic.Int32
@@ -123,6 +135,7 @@ const outFree = 16 << 10
 func newConn(s *Server, nc net.Conn) *conn {
 	c := &conn{s: s, nc: nc, since: time.Now(), wake: make(chan struct{}, 1), done: make(chan struct{}), readEnd: make(chan struct{})}
 	c.changed.L = &c.mu
+	c.upQueue.slot = -1
 	c.r = resp.NewReader(nc, s.memory.take)
 	c.desc.lastAt.Store(c.since.UnixNano())
 	return c
@@ -270,8 +283,8 @@ func (c *conn) ended(err error) {
 func (c *conn) leave() {
 	c.s.bus.leave(c)
 	c.endTracking()
-	if c.up != nil {
-		c.up.end()
+	if c.s.opts.Upstream != nil {
+		c.endUpstream()
 	}
 	c.r.Release()
 }

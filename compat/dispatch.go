@@ -91,7 +91,7 @@ func (c *conn) dispatch(args [][]byte) {
 		return
 	}
 	if c.subs != nil && !c.w.V3 && c.subs.count() > 0 && !allowedWhileSubscribed(spec) {
-		c.reject(spec, "ERR Can't execute '"+strings.ReplaceAll(spec.Name, "|", " ")+"': only (P|S)SUBSCRIBE / (P|S)UNSUBSCRIBE / PING / QUIT / RESET are allowed in this context")
+		c.reject(spec, subscribedOnly(spec.Name))
 		return
 	}
 	if c.multi != nil {
@@ -193,6 +193,11 @@ func allowedWhileSubscribed(spec *command.Spec) bool {
 		return true
 	}
 	return false
+}
+
+// subscribedOnly is what a RESP2 client with subscriptions hears that sends anything else.
+func subscribedOnly(name string) string {
+	return "ERR Can't execute '" + strings.ReplaceAll(name, "|", " ") + "': only (P|S)SUBSCRIBE / (P|S)UNSUBSCRIBE / PING / QUIT / RESET are allowed in this context"
 }
 
 // permission checks what the client's user may do and returns the refusal, empty for none.

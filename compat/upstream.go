@@ -3,12 +3,9 @@ package compat
 import (
 	"bytes"
 	"context"
-	"errors"
 	"net"
 	"strconv"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"time"
 
 	"tercet.dev/tercet/compat/acl"
@@ -16,31 +13,50 @@ import (
 	"tercet.dev/tercet/compat/resp"
 )
 
-// Upstream is a real server beside the log. Keys that match Options.UpstreamKeep are the log's; whatever is about other
-// keys, and commands that the log does not know, go to the upstream as they came.
+// Upstream is a real server beside the log, or a cluster of them. Keys that match Options.UpstreamKeep are the log's;
+// whatever is about other keys, and commands that the log does not know, go to the upstream as they came.
 type Upstream interface {
-	// Session opens a connection that is logged in and speaks the version of the protocol, 2 or 3.
-	Session(ctx context.Context, version int) (net.Conn, error)
+	// Session opens a connection that is logged in and speaks the version of the protocol, 2 or 3. addr is one of the
+	// addresses of Shards, or empty for the upstream's own.
+	Session(ctx context.Context, addr string, version int) (net.Conn, error)
 	// Login returns the command that logs in, nil for none, and after how long a session has to log in again, 0 for never.
 	Login(ctx context.Context) (args []string, again time.Duration, err error)
-	// KeyTable returns the upstream's own account of its commands: for each name in lower case where keys stand.
+	// KeyTable returns the upstream's own account of its commands, by name in lower case; subcommands are called
+	// "script|load".
 	KeyTable(ctx context.Context) (map[string]UpstreamCommand, error)
+	// Shards returns who has which slots, nil for a server that is not in cluster mode. known are further addresses to ask
+	// when the upstream's own does not answer.
+	Shards(ctx context.Context, known []string) ([]UpstreamShard, error)
 	// String names the upstream without its secrets.
 	String() string
 }
 
-// UpstreamCommand says where a command of the upstream has its keys, as COMMAND INFO does. Movable is set when that takes
-// a look at the arguments.
+// UpstreamCommand is what COMMAND says of a command: how many words it has, the name included (at least as many if
+// negative), where its keys are, and what to do with it in cluster mode.
 type UpstreamCommand struct {
+	Arity             int
 	First, Last, Step int
-	Movable           bool
+	// Movable is set when finding the keys takes a look at the arguments, NoMulti for what MULTI does not take.
+	Movable, NoMulti bool
+	// Everywhere is set for commands without keys that go to all shards; Fold says how their replies become one, as the
+	// response_policy does.
+	Everywhere bool
+	Fold       string
+}
+
+// UpstreamShard is a primary of a cluster, with the slots that it has, first and last of each range.
+type UpstreamShard struct {
+	Addr  string
+	Slots [][2]int
 }
 
 // Bounds of one client's connection to the upstream.
 const (
 	upstreamDial = 5 * time.Second
-	// upstreamAhead bounds the commands that wait for the upstream's replies, upstreamBuffer their bytes before they are sent.
+	// upstreamAhead bounds the commands that wait for the upstream's replies, upstreamKept their bytes where they are kept
+	// for another shard, upstreamBuffer the bytes that are not yet sent.
 	upstreamAhead  = 4096
+	upstreamKept   = 4 << 20
 	upstreamBuffer = 64 << 10
 	// upstreamReply bounds one reply.
 	upstreamReply = 512 << 20
@@ -69,23 +85,30 @@ func (c *conn) passThrough(spec *command.Spec, args [][]byte) bool {
 			if name == "hello" || name == "auth" {
 				c.leaveUpstream()
 			}
-			return c.upMulti != multiNone && c.inTransaction(args)
+			return c.inTransaction(name, args)
 		}
 	case "reset":
 		c.leaveUpstream()
 		return false
 	case "unwatch":
-		if c.up == nil || c.upMulti == multiLog {
-			return false
+		if c.upWatch == nil || c.upMulti != multiNone {
+			return c.inTransaction(name, args)
 		}
 		c.watches = nil
-		return c.sendUpstream(args, 1)
+		c.unwatchUpstream()
+		c.w.OK()
+		c.emit()
+		return true
 	case "ping":
-		if c.up != nil && c.up.subscribed() {
-			c.sendUpstream(args, 1)
+		if u := c.subscribedUpstream(); u != nil {
+			replies := 1
+			if !c.w.V3 {
+				replies = -1 // its reply is a message
+			}
+			c.sendTo(u, args, replies)
 			return true
 		}
-		return c.upMulti != multiNone && c.inTransaction(args)
+		return c.inTransaction(name, args)
 	case "multi":
 		if c.multi == nil && c.upMulti == multiNone {
 			c.upMulti = multiOpen
@@ -97,14 +120,20 @@ func (c *conn) passThrough(spec *command.Spec, args [][]byte) bool {
 		c.emit()
 		return true
 	case "exec", "discard":
-		return c.endUpstreamMulti(name, args)
+		return c.endUpstreamMulti(name)
 	}
 	table, err := c.s.upstream.get(c.s.opts.Upstream)
 	if err != nil && spec == nil {
 		c.unreachable(err)
 		return true
 	}
-	switch c.sideOf(spec, name, args, table) {
+	known, isKnown := lookUp(table, name, args)
+	where := c.sideOf(spec, name, args, known, isKnown)
+	if where != sideBoth && (c.upWatch != nil && where == sideLog || len(c.watches) > 0 && where == sideUpstream) &&
+		(name == "watch" || c.upMulti != multiNone) {
+		where = sideBoth
+	}
+	switch where {
 	case sideLog:
 		if c.upMulti == multiUpstream {
 			c.refuseInMulti("ERR this transaction runs on the upstream, and the command is about keys of the log: use two transactions")
@@ -112,11 +141,15 @@ func (c *conn) passThrough(spec *command.Spec, args [][]byte) bool {
 		}
 		if c.upMulti == multiOpen {
 			c.upMulti = multiLog
-			c.multi = &transaction{}
+			c.multi = &transaction{dirty: c.upDirty}
 		}
 		return false
 	case sideBoth:
-		c.refuseInMulti("ERR the keys of this command are on both sides: those that match " + strings.Join(c.s.opts.UpstreamKeep, " ") +
+		what := "the keys of this command"
+		if c.upMulti != multiNone || name == "watch" {
+			what = "the keys of this command, and those that are watched,"
+		}
+		c.refuseInMulti("ERR " + what + " are on both sides: those that match " + strings.Join(c.s.opts.UpstreamKeep, " ") +
 			" are in the log, others on the upstream; use one command for each side")
 		return true
 	}
@@ -128,32 +161,63 @@ func (c *conn) passThrough(spec *command.Spec, args [][]byte) bool {
 		c.refuseInMulti(text)
 		return true
 	}
-	if c.upMulti == multiOpen {
-		c.upMulti = multiUpstream
-		if !c.sendUpstream([][]byte{[]byte("MULTI")}, 0) {
-			return true
-		}
+	slot := -1
+	if len(c.keyUses) > 0 && c.keyUses[0].Index < len(args) {
+		slot = keySlot(args[c.keyUses[0].Index])
 	}
-	replies := 1
 	switch name {
 	case "subscribe", "psubscribe", "ssubscribe", "unsubscribe", "punsubscribe", "sunsubscribe":
-		if c.upMulti == multiNone {
-			c.settle() // messages overtake nothing
-			replies = -1
+		if c.upMulti != multiNone {
+			c.refuseInMulti("ERR Command not allowed inside a transaction")
+			return true
 		}
+		c.settle() // messages overtake nothing
+		c.subscribeUpstream(name, args, slot)
+		return true
 	}
-	c.sendUpstream(args, replies)
+	if !c.w.V3 && c.subscribedUpstream() != nil {
+		c.refuseInMulti(subscribedOnly(name))
+		return true
+	}
+	if c.upMulti == multiOpen {
+		c.upMulti = multiUpstream
+	}
+	if c.upMulti == multiUpstream {
+		c.queueUpstream(args, known, isKnown, slot)
+		return true
+	}
+	switch {
+	case name == "watch":
+		c.watchUpstream(args, slot)
+	case slot < 0 && c.s.upstream.clustered():
+		c.sendEverywhere(name, args, known)
+	default:
+		c.sendUpstream(args, slot)
+	}
 	return true
 }
 
+// lookUp finds a command, or the subcommand that args name, in the upstream's own account.
+func lookUp(table map[string]UpstreamCommand, name string, args [][]byte) (UpstreamCommand, bool) {
+	known, ok := table[name]
+	if ok && known.First == 0 && len(args) > 1 && len(args[1]) <= 32 {
+		if sub, ok := table[name+"|"+lower(args[1])]; ok {
+			return sub, true
+		}
+	}
+	return known, ok
+}
+
 // inTransaction takes a command that concerns neither side into the transaction that is open, wherever that runs.
-func (c *conn) inTransaction(args [][]byte) bool {
+func (c *conn) inTransaction(name string, args [][]byte) bool {
 	switch c.upMulti {
 	case multiUpstream:
-		c.sendUpstream(args, 1)
+		table, _ := c.s.upstream.get(c.s.opts.Upstream)
+		known, ok := lookUp(table, name, args)
+		c.queueUpstream(args, known, ok, -1)
 		return true
 	case multiOpen:
-		c.upMulti, c.multi = multiLog, &transaction{}
+		c.upMulti, c.multi = multiLog, &transaction{dirty: c.upDirty}
 	}
 	return false
 }
@@ -180,39 +244,85 @@ func (c *conn) refuseInMulti(text string) {
 	c.emit()
 }
 
-// endUpstreamMulti handles EXEC and DISCARD of a transaction whose side is open or the upstream's.
-func (c *conn) endUpstreamMulti(name string, args [][]byte) bool {
-	where, dirty := c.upMulti, c.upDirty
+// queueUpstream keeps a command of a transaction that will run on the upstream. The transaction goes there as one when
+// EXEC comes: only then is it known to be on one shard, and it can follow its slot to another.
+func (c *conn) queueUpstream(args [][]byte, known UpstreamCommand, isKnown bool, slot int) {
+	t := &c.upQueue
+	switch {
+	case isKnown && (known.Arity > 0 && len(args) != known.Arity || len(args) < -known.Arity):
+		c.refuseInMulti("ERR wrong number of arguments for '" + lower(args[0]) + "' command")
+		return
+	case isKnown && known.NoMulti:
+		c.refuseInMulti("ERR Command not allowed inside a transaction")
+		return
+	case slot >= 0 && t.slot >= 0 && slot != t.slot && c.s.upstream.clustered():
+		c.refuseInMulti("CROSSSLOT Keys in request don't hash to the same slot")
+		return
+	}
+	size := queuedOverhead
+	for _, a := range args {
+		size += len(a) + queuedOverhead
+	}
+	if !c.s.memory.take(size) {
+		c.refuseInMulti("ERR no memory for a transaction of this size")
+		return
+	}
+	t.taken += size
+	if t.commands == 0 {
+		t.raw.Array(1)
+		t.raw.String("MULTI")
+	}
+	appendCommand(&t.raw, args)
+	t.commands++
+	if slot >= 0 {
+		t.slot = slot
+	}
+	c.w.Simple("QUEUED")
+	c.emit()
+}
+
+// upstreamQueue is the transaction that a client is putting together.
+type upstreamQueue struct {
+	raw      resp.Buffer
+	commands int
+	taken    int // of the budget
+	slot     int // of its keys, -1 for none so far
+}
+
+// dropUpstreamMulti forgets the open transaction.
+func (c *conn) dropUpstreamMulti() {
+	c.s.memory.take(-c.upQueue.taken)
+	c.upQueue = upstreamQueue{slot: -1}
 	c.upMulti, c.upDirty = multiNone, false
-	switch where {
-	case multiNone, multiLog:
+}
+
+// endUpstreamMulti handles EXEC and DISCARD of a transaction whose side is open or the upstream's.
+func (c *conn) endUpstreamMulti(name string) bool {
+	if c.upMulti == multiNone || c.upMulti == multiLog {
+		c.upMulti, c.upDirty = multiNone, false
 		return false
-	case multiOpen:
-		if name == "discard" {
-			c.w.OK()
-		} else if dirty {
-			c.w.Error("EXECABORT Transaction discarded because of previous errors.")
-		} else {
-			c.w.Array(0)
-		}
-		c.emit()
+	}
+	defer c.dropUpstreamMulti()
+	switch {
+	case name == "discard":
+		c.unwatchUpstream()
+		c.w.OK()
+	case c.upDirty:
+		c.unwatchUpstream()
+		c.w.Error("EXECABORT Transaction discarded because of previous errors.")
+	case c.upMulti == multiOpen && c.upWatch == nil:
+		c.w.Array(0)
+	default:
+		c.execUpstream()
 		return true
 	}
-	if dirty && name == "exec" {
-		if c.sendUpstream([][]byte{[]byte("DISCARD")}, 0) {
-			c.w.Error("EXECABORT Transaction discarded because of previous errors.")
-			c.emit()
-		}
-		return true
-	}
-	c.sendUpstream(args, 1)
+	c.emit()
 	return true
 }
 
 // sideOf decides by the keys. What has none is the upstream's, unless only the log knows it.
-func (c *conn) sideOf(spec *command.Spec, name string, args [][]byte, table map[string]UpstreamCommand) side {
+func (c *conn) sideOf(spec *command.Spec, name string, args [][]byte, known UpstreamCommand, ok bool) side {
 	c.keyUses = c.keyUses[:0]
-	known, ok := table[name]
 	switch {
 	case spec != nil && (spec.First != 0 || name == "xread" || name == "xreadgroup"):
 		c.keyUses = spec.Keys(c.keyUses, args)
@@ -228,9 +338,7 @@ func (c *conn) sideOf(spec *command.Spec, name string, args [][]byte, table map[
 		c.keyUses = countedKeys(c.keyUses, name, args)
 	}
 	if spec != nil && spec.Parent != nil && !ok && len(c.keyUses) == 0 {
-		if _, ok := table[spec.Parent.Name]; !ok {
-			return sideLog
-		}
+		return sideLog
 	}
 	logs := 0
 	for _, u := range c.keyUses {
@@ -306,383 +414,4 @@ func (c *conn) upstreamPermission(name string, args [][]byte) string {
 	}
 	c.s.aclLog.add(verdict.String(), c.context(), what, c.user.Name, c)
 	return denial(verdict, c.user.Name, name)
-}
-
-// upstreamConn is one client's connection to the upstream. Commands go out in their order; replies come back in it and
-// take their places in the client's queue.
-type upstreamConn struct {
-	c   *conn
-	nc  net.Conn
-	out resp.Buffer // not yet sent; the reader's
-	// since is when the session last logged in, again after how long it has to anew; 0 for never.
-	since time.Time
-	again time.Duration
-
-	mu      sync.Mutex
-	moved   sync.Cond
-	waiting []*slot // for replies, in order; nil for one that nobody wants
-	closed  bool
-	ending  bool
-	subs    int // subscriptions, as the upstream last said
-	ended   chan struct{}
-}
-
-// sendUpstream sends a command that has the given number of replies: 0 for one that is dropped, -1 for none but messages.
-// It reports false after answering with an error.
-func (c *conn) sendUpstream(args [][]byte, replies int) bool {
-	u := c.up
-	if u == nil {
-		var err error
-		if u, err = c.dialUpstream(); err != nil {
-			c.unreachable(err)
-			return false
-		}
-		c.up = u
-	}
-	c.loginAgain(u)
-	var s *slot
-	if replies == 1 {
-		s = c.newSlot()
-		s.silent = c.silence()
-		c.mu.Lock()
-		c.queue = append(c.queue, s)
-		c.mu.Unlock()
-	}
-	u.mu.Lock()
-	for len(u.waiting) >= upstreamAhead && !u.closed {
-		u.mu.Unlock()
-		u.send()
-		u.mu.Lock()
-		if len(u.waiting) >= upstreamAhead && !u.closed {
-			u.moved.Wait()
-		}
-	}
-	closed := u.closed
-	if !closed && replies >= 0 {
-		u.waiting = append(u.waiting, s)
-	}
-	u.mu.Unlock()
-	if closed {
-		c.up = nil
-		if s != nil {
-			s.answer([]byte("-ERR the connection to the upstream is broken, nothing was done\r\n"))
-		}
-		c.upMulti, c.upDirty = multiNone, false
-		return s != nil
-	}
-	u.command(args)
-	c.s.metrics.passed.Inc()
-	if len(u.out.B) >= upstreamBuffer {
-		u.send()
-	}
-	return true
-}
-
-// command buffers a command.
-func (u *upstreamConn) command(args [][]byte) {
-	u.out.Array(len(args))
-	for _, a := range args {
-		u.out.Bulk(a)
-	}
-}
-
-// loginAgain sends a fresh login ahead of the next command when it is due.
-func (c *conn) loginAgain(u *upstreamConn) {
-	if u.again == 0 || c.upMulti != multiNone || time.Since(u.since) < u.again {
-		return
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), upstreamDial)
-	defer cancel()
-	words, again, err := c.s.opts.Upstream.Login(ctx)
-	if err != nil || words == nil {
-		c.s.log.Warn("cannot log in to the upstream anew", "upstream", c.s.opts.Upstream.String(), "error", err)
-		return
-	}
-	u.since, u.again = time.Now(), again
-	args := make([][]byte, len(words))
-	for i, w := range words {
-		args[i] = []byte(w)
-	}
-	u.mu.Lock()
-	u.waiting = append(u.waiting, nil)
-	u.mu.Unlock()
-	u.command(args)
-}
-
-// unreachable says that there is nobody to pass a command to.
-func (c *conn) unreachable(err error) {
-	c.s.metrics.upstream.WithLabelValues("refused").Inc()
-	c.upMulti, c.upDirty = multiNone, false
-	c.w.Error("ERR the upstream " + c.s.opts.Upstream.String() + " cannot be reached: " + oneLine(err.Error()))
-	c.emit()
-}
-
-// passOn sends what is buffered for the upstream.
-func (c *conn) passOn() {
-	if c.up != nil {
-		c.up.send()
-	}
-}
-
-// upstreamTable is where the upstream's commands have their keys, asked for once.
-type upstreamTable struct {
-	known  atomic.Pointer[map[string]UpstreamCommand] // every command of every client looks here
-	mu     sync.Mutex
-	failed error
-	at     time.Time
-}
-
-// upstreamRetry is how long a failure to ask is remembered.
-const upstreamRetry = time.Second
-
-func (t *upstreamTable) get(u Upstream) (map[string]UpstreamCommand, error) {
-	if table := t.known.Load(); table != nil {
-		return *table, nil
-	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if table := t.known.Load(); table != nil {
-		return *table, nil
-	}
-	if t.failed != nil && time.Since(t.at) < upstreamRetry {
-		return nil, t.failed
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), upstreamDial)
-	defer cancel()
-	table, err := u.KeyTable(ctx)
-	if t.failed, t.at = err, time.Now(); err == nil {
-		t.known.Store(&table)
-	}
-	return table, err
-}
-
-func oneLine(s string) string {
-	return strings.Map(func(r rune) rune {
-		if r == '\r' || r == '\n' {
-			return ' '
-		}
-		return r
-	}, s)
-}
-
-// answer completes a slot with a reply that is ready.
-func (s *slot) answer(raw []byte) {
-	c := s.c
-	if s.fill(raw) {
-		c.flush()
-	}
-}
-
-// fill is answer, and leaves it to the caller to have the client's writer woken, which it reports to be due.
-func (s *slot) fill(raw []byte) bool {
-	c := s.c
-	c.mu.Lock()
-	s.raw, s.size, s.ready = raw, len(raw), true
-	first := c.head < len(c.queue) && c.queue[c.head] == s
-	if c.waiting {
-		c.changed.Broadcast()
-	}
-	c.mu.Unlock()
-	return first
-}
-
-func (c *conn) dialUpstream() (*upstreamConn, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), upstreamDial)
-	defer cancel()
-	version := 2
-	if c.w.V3 {
-		version = 3
-	}
-	nc, err := c.s.opts.Upstream.Session(ctx, version)
-	if err != nil {
-		return nil, err
-	}
-	u := &upstreamConn{c: c, nc: nc, since: time.Now(), ended: make(chan struct{})}
-	if _, again, err := c.s.opts.Upstream.Login(ctx); err == nil {
-		u.again = again
-	}
-	u.moved.L = &u.mu
-	c.s.wg.Add(1)
-	go func() {
-		defer c.s.wg.Done()
-		u.receive()
-	}()
-	return u, nil
-}
-
-// send writes what is buffered. Its failure is the receiver's to tell.
-func (u *upstreamConn) send() {
-	if len(u.out.B) == 0 {
-		return
-	}
-	_ = u.nc.SetWriteDeadline(time.Now().Add(u.c.s.limits.WriteTimeout))
-	if _, err := u.nc.Write(u.out.B); err != nil {
-		u.nc.Close()
-	}
-	u.out.B = u.out.B[:0]
-	if cap(u.out.B) > upstreamBuffer {
-		u.out.B = nil
-	}
-}
-
-// end lets the replies that are due come in for a moment, and closes the session.
-func (u *upstreamConn) end() {
-	u.send()
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	u.ending = true
-	if len(u.waiting) == 0 {
-		u.nc.Close()
-		return
-	}
-	_ = u.nc.SetReadDeadline(time.Now().Add(upstreamLinger))
-}
-
-func (u *upstreamConn) subscribed() bool {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	return u.subs > 0
-}
-
-// leaveUpstream ends the client's session there; the next command begins another.
-func (c *conn) leaveUpstream() {
-	u := c.up
-	if u == nil {
-		c.upMulti, c.upDirty = multiNone, false
-		return
-	}
-	u.send()
-	c.settle()
-	u.nc.Close()
-	<-u.ended
-	c.up, c.upMulti, c.upDirty = nil, multiNone, false
-}
-
-// receive hands replies to their slots until the connection ends.
-func (u *upstreamConn) receive() {
-	defer close(u.ended)
-	var scan resp.Scanner
-	buf := make([]byte, 0, 16<<10)
-	start := 0
-	var cause error
-	due := false
-	for cause == nil {
-		n, err := scan.Reply(buf[start:])
-		switch {
-		case err != nil:
-			cause = err
-		case n > 0:
-			due = u.take(buf[start:start+n]) || due
-			start += n
-		default:
-			// What came together goes on together: the client's writer is woken once for all of it.
-			if due {
-				u.c.flush()
-				due = false
-			}
-			if start > 0 {
-				buf = buf[:copy(buf, buf[start:])]
-				start = 0
-				if len(buf) == 0 && cap(buf) > 1<<20 {
-					buf = make([]byte, 0, 16<<10)
-				}
-			}
-			if len(buf) == cap(buf) {
-				if cap(buf) >= upstreamReply {
-					cause = errors.New("a reply is too large")
-					break
-				}
-				buf = append(make([]byte, 0, 2*cap(buf)), buf...)
-			}
-			var got int
-			got, cause = u.nc.Read(buf[len(buf):cap(buf)])
-			buf = buf[:len(buf)+got]
-		}
-	}
-	if due {
-		u.c.flush()
-	}
-	u.nc.Close()
-	u.mu.Lock()
-	u.closed = true
-	rest := u.waiting
-	u.waiting = nil
-	wasSubscribed := u.subs > 0
-	u.moved.Broadcast()
-	u.mu.Unlock()
-	for _, s := range rest {
-		if s != nil {
-			s.answer([]byte("-ERR the connection to the upstream broke, the outcome is unknown\r\n"))
-		}
-	}
-	if wasSubscribed {
-		// The client has to subscribe anew, and learns of it as it would from the server itself.
-		u.c.kill("upstream")
-	}
-}
-
-// take gives one reply to whom it belongs, and reports whether the client's writer has to be woken for it.
-func (u *upstreamConn) take(reply []byte) (due bool) {
-	push := reply[0] == '>'
-	u.mu.Lock()
-	if kind, count, ok := subscription(reply); ok && (push || u.subs > 0 || kind == "subscribe" || kind == "unsubscribe") {
-		if kind != "message" {
-			u.subs = count
-		}
-		push = true
-	}
-	if push {
-		u.mu.Unlock()
-		u.c.push(bytes.Clone(reply))
-		return false
-	}
-	if len(u.waiting) == 0 {
-		u.mu.Unlock()
-		u.nc.Close() // a reply to nothing: the two sides do not agree any more
-		return false
-	}
-	s := u.waiting[0]
-	u.waiting[0] = nil
-	u.waiting = u.waiting[1:]
-	last := u.ending && len(u.waiting) == 0
-	u.moved.Signal()
-	u.mu.Unlock()
-	if s != nil {
-		due = s.fill(bytes.Clone(reply))
-	}
-	if last || bytes.HasPrefix(reply, []byte("-READONLY ")) {
-		u.nc.Close() // the name leads to another server now; the next command dials it
-	}
-	return due
-}
-
-// subscription recognises what pub/sub sends: confirmations, with the number of subscriptions, and messages.
-func subscription(reply []byte) (kind string, count int, ok bool) {
-	if reply[0] != '*' && reply[0] != '>' {
-		return "", 0, false
-	}
-	_, rest, _ := bytes.Cut(reply, []byte("\r\n"))
-	if len(rest) == 0 || rest[0] != '$' {
-		return "", 0, false
-	}
-	_, rest, _ = bytes.Cut(rest, []byte("\r\n"))
-	word, _, _ := bytes.Cut(rest, []byte("\r\n"))
-	switch string(word) {
-	case "subscribe", "psubscribe", "ssubscribe":
-		kind = "subscribe"
-	case "unsubscribe", "punsubscribe", "sunsubscribe":
-		kind = "unsubscribe"
-	case "message", "pmessage", "smessage":
-		return "message", 0, true
-	case "pong":
-		return "message", 0, reply[0] == '*' && bytes.HasPrefix(reply, []byte("*2\r\n"))
-	default:
-		return "", 0, false
-	}
-	last := bytes.LastIndex(reply, []byte("\r\n:"))
-	if last < 0 {
-		return "", 0, false
-	}
-	n, err := strconv.Atoi(string(bytes.TrimSpace(reply[last+3:])))
-	return kind, n, err == nil
 }

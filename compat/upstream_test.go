@@ -1,7 +1,6 @@
 package compat
 
 import (
-	"context"
 	"fmt"
 	"net"
 	"os/exec"
@@ -14,48 +13,19 @@ import (
 	"tercet.dev/tercet/raft"
 )
 
-// plainUpstream is a redis-server without password.
-type plainUpstream struct{ addr string }
-
-func (u plainUpstream) String() string { return "redis://" + u.addr }
-
-func (u plainUpstream) Login(context.Context) ([]string, time.Duration, error) { return nil, 0, nil }
-
-func (u plainUpstream) Session(ctx context.Context, version int) (net.Conn, error) {
-	nc, err := new(net.Dialer).DialContext(ctx, "tcp", u.addr)
-	if err != nil {
-		return nil, err
-	}
-	if version == 3 {
-		fmt.Fprintf(nc, "HELLO 3\r\n")
-		// The answer of HELLO 3 ends with the list of modules.
-		var all []byte
-		for !strings.HasSuffix(string(all), "modules\r\n*0\r\n") {
-			b := make([]byte, 1)
-			if _, err := nc.Read(b); err != nil {
-				nc.Close()
-				return nil, err
-			}
-			all = append(all, b...)
-		}
-	}
-	return nc, nil
-}
-
-func (u plainUpstream) KeyTable(context.Context) (map[string]UpstreamCommand, error) {
-	one := UpstreamCommand{First: 1, Last: 1, Step: 1}
-	return map[string]UpstreamCommand{
-		"get": one, "set": one, "incr": one, "lpush": one, "lrange": one, "hset": one, "xadd": one, "xlen": one, "type": one,
-		"del": {First: 1, Last: -1, Step: 1}, "mset": {First: 1, Last: -1, Step: 2}, "mget": {First: 1, Last: -1, Step: 1},
-		"blpop": {First: 1, Last: -2, Step: 1}, "eval": {Movable: true}, "watch": {First: 1, Last: -1, Step: 1},
-		"dbsize": {}, "publish": {}, "subscribe": {}, "unsubscribe": {}, "script": {},
-	}, nil
-}
+// Target makes an upstream of an address. The gateway's is used, which this package cannot import.
+var Target func(addr string) Upstream
 
 // startBoth runs a front end that keeps order* in the log and has a real server beside it.
 func startBoth(t *testing.T) (*fakeBackend, *redistest.Server, string) {
 	t.Helper()
 	r := redistest.Start(t)
+	b, addr := startBeside(t, r)
+	return b, r, addr
+}
+
+func startBeside(t *testing.T, r *redistest.Server) (*fakeBackend, string) {
+	t.Helper()
 	b := newFake()
 	b.submit = func(cmd engine.Command, done func(raft.Reply, error)) {
 		reply := raft.Reply{Zones: 3}
@@ -64,8 +34,15 @@ func startBoth(t *testing.T) (*fakeBackend, *redistest.Server, string) {
 		}
 		done(reply, nil)
 	}
-	_, addr := start(t, Options{Backend: b, Upstream: plainUpstream{r.Addr()}, UpstreamKeep: []string{"order*"}})
-	return b, r, addr
+	b.query = func(q engine.Query) (engine.Answer, error) {
+		a := engine.Answer{Stream: &engine.StreamAnswer{}}
+		if q.Stream != nil {
+			a.Stream.Keys = make([]engine.KeyInfo, len(q.Stream.Keys))
+		}
+		return a, nil
+	}
+	_, addr := start(t, Options{Backend: b, Upstream: Target(r.Addr()), UpstreamKeep: []string{"order*"}})
+	return b, addr
 }
 
 func TestPassThrough(t *testing.T) {
@@ -181,6 +158,43 @@ func TestPassThroughTransactions(t *testing.T) {
 	c.want("SET a 6", "+QUEUED")
 	c.want("EXEC", "*-1")
 	c.want("GET a", "$7|changed")
+
+	// What is watched and what is written is on one side.
+	both := "-ERR the keys of this command, and those that are watched, are on both sides: those that match order* are in the log, others on the upstream; use one command for each side"
+	c.want("WATCH a", "+OK")
+	c.want("WATCH orders", both)
+	c.want("MULTI", "+OK")
+	c.want("XADD orders * a b", both)
+	c.want("EXEC", "-EXECABORT Transaction discarded because of previous errors.")
+	c.want("WATCH orders", "+OK")
+	c.want("WATCH a", both)
+	c.want("UNWATCH", "+OK")
+
+	// A connection that breaks takes the watch with it, and no command out of its transaction.
+	c.want("WATCH a", "+OK")
+	r.Do("CLIENT", "KILL", "TYPE", "normal")
+	c.want("MULTI", "+OK")
+	c.want("SET a 7", "+QUEUED")
+	r.Do("CLIENT", "KILL", "TYPE", "normal")
+	c.want("SET b 7", "+QUEUED")
+	c.want("EXEC", "*-1")
+	c.want("GET a", "$7|changed")
+	c.want("MULTI", "+OK")
+	c.want("SET a 8", "+QUEUED")
+	r.Do("CLIENT", "KILL", "TYPE", "normal")
+	redistest.Until(t, 20*time.Second, "the broken connection", func() error {
+		if got := r.Do("INFO", "clients"); !strings.Contains(got, "connected_clients:1\r\n") && !strings.Contains(got, "connected_clients:1\n") {
+			return fmt.Errorf("%s", got)
+		}
+		return nil
+	})
+	c.want("SET b 8", "+QUEUED")
+	if got := c.do("EXEC"); got != "*2|+OK|+OK" && !strings.HasPrefix(got, "-ERR the connection to the upstream br") {
+		t.Errorf("EXEC over a broken connection: %s", got)
+	}
+	if a, b := r.Do("GET", "a"), r.Do("GET", "b"); (a == "8") != (b == "8") {
+		t.Errorf("half a transaction was done: %s, %s", a, b)
+	}
 }
 
 func TestPassThroughBlockingAndMessages(t *testing.T) {
@@ -210,11 +224,17 @@ func TestPassThroughBlockingAndMessages(t *testing.T) {
 		if got := s.reply(); got != map[string]string{"2": "*", "3": ">"}[version]+"3|$7|message|$2|ch|$2|hi" {
 			t.Errorf("message: %s", got)
 		}
+		s.want("SUBSCRIBE", "-ERR wrong number of arguments for 'subscribe' command")
 		if version == "3" {
 			s.want("GET nothing", "_")
+			s.want("PING", "+PONG")
+		} else {
+			s.want("GET k", "-ERR Can't execute 'get': only (P|S)SUBSCRIBE / (P|S)UNSUBSCRIBE / PING / QUIT / RESET are allowed in this context")
+			s.want("PING", "*2|$4|pong|$0|")
 		}
 		s.want("UNSUBSCRIBE", map[string]string{"2": "*3|$11|unsubscribe|$2|ch|:0", "3": ">3|$11|unsubscribe|$2|ch|:0"}[version])
 		s.want("SET k v", "+OK")
+		s.want("EVAL return{'subscribe','a'} 0", "*2|$9|subscribe|$1|a")
 		s.want("XADD orders * a b", "$3|7-1")
 	}
 

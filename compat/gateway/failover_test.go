@@ -133,26 +133,7 @@ func TestFailover(t *testing.T) {
 
 // TestCluster runs on three shards and moves a slot while messages pass.
 func TestCluster(t *testing.T) {
-	var nodes []*redistest.Server
-	for range 3 {
-		nodes = append(nodes, redistest.Start(t, "--cluster-enabled", "yes", "--cluster-node-timeout", "2000"))
-	}
-	ranges := [][2]int{{0, 5460}, {5461, 10922}, {10923, 16383}}
-	for i, n := range nodes {
-		n.Do("CLUSTER", "ADDSLOTSRANGE", strconv.Itoa(ranges[i][0]), strconv.Itoa(ranges[i][1]))
-		n.Do("CLUSTER", "SET-CONFIG-EPOCH", strconv.Itoa(i+1))
-		if i > 0 {
-			n.Do("CLUSTER", "MEET", "127.0.0.1", strconv.Itoa(nodes[0].Port))
-		}
-	}
-	redistest.Until(t, 30*time.Second, "the cluster", func() error {
-		for _, n := range nodes {
-			if info := n.Do("CLUSTER", "INFO"); !strings.Contains(info, "cluster_state:ok") || !strings.Contains(info, "cluster_known_nodes:3") {
-				return fmt.Errorf("%s", info)
-			}
-		}
-		return nil
-	})
+	nodes := redistest.Cluster(t, 3)
 	a := open(t, Options{Target: Target{Addr: nodes[0].Addr()}})
 	if got := a.g.Report().Mode; got != Cluster {
 		t.Fatalf("mode %s", got)
@@ -163,15 +144,7 @@ func TestCluster(t *testing.T) {
 		a.ack(204, topic, "g", a.one(topic, "g", "x").Receipt)
 	}
 
-	slot := nodes[0].Do("CLUSTER", "KEYSLOT", "t")
-	n, _ := strconv.Atoi(slot)
-	from, to := nodes[0], nodes[1]
-	for i, r := range ranges {
-		if n >= r[0] && n <= r[1] {
-			from, to = nodes[i], nodes[(i+1)%3]
-		}
-	}
-	fromID, toID := from.Do("CLUSTER", "MYID"), to.Do("CLUSTER", "MYID")
+	slot, from, to := nodes.Owner("t")
 	sent := 0
 	send := func(count int) {
 		for range count {
@@ -180,24 +153,12 @@ func TestCluster(t *testing.T) {
 		}
 	}
 	send(50)
-	to.Do("CLUSTER", "SETSLOT", slot, "IMPORTING", fromID)
-	from.Do("CLUSTER", "SETSLOT", slot, "MIGRATING", toID)
+	migration := redistest.Migrate(slot, from, to)
 	send(20)
 	// While the topic's keys are on their way, some here and some there, scripts have to wait for the rest.
 	held := make(chan message, 1)
 	go func() { held <- a.one("t", "g", "0") }()
-	for {
-		keys := strings.Fields(from.Do("CLUSTER", "GETKEYSINSLOT", slot, "100"))
-		if len(keys) == 0 {
-			break
-		}
-		for _, k := range keys {
-			from.Do("MIGRATE", "127.0.0.1", strconv.Itoa(to.Port), k, "0", "5000")
-		}
-	}
-	for _, node := range []*redistest.Server{to, from} {
-		node.Do("CLUSTER", "SETSLOT", slot, "NODE", toID)
-	}
+	migration.Finish()
 	send(30)
 	a.ack(204, "t", "g", (<-held).Receipt)
 	found := map[string]bool{"0": true}

@@ -7,7 +7,10 @@ import (
 	"fmt"
 	"net"
 	"strconv"
+	"strings"
 	"time"
+
+	"github.com/valkey-io/valkey-go"
 
 	"tercet.dev/tercet/compat"
 	"tercet.dev/tercet/compat/resp"
@@ -16,8 +19,11 @@ import (
 // Target is what the Valkey port passes commands on to.
 var _ compat.Upstream = Target{}
 
-// Session implements compat.Upstream: a connection to the primary, logged in.
-func (t Target) Session(ctx context.Context, version int) (net.Conn, error) {
+// Session implements compat.Upstream: a connection to the primary, or to a shard's, logged in.
+func (t Target) Session(ctx context.Context, addr string, version int) (net.Conn, error) {
+	if addr != "" {
+		t.Addr = addr
+	}
 	var nc net.Conn
 	var err error
 	dialer := &net.Dialer{KeepAlive: 15 * time.Second}
@@ -115,52 +121,159 @@ func exchange(nc net.Conn, commands [][]string) ([][]byte, error) {
 	return replies, nil
 }
 
-// KeyTable implements compat.Upstream.
-func (t Target) KeyTable(ctx context.Context) (map[string]compat.UpstreamCommand, error) {
-	plain := t
-	plain.Mode = Single
-	c, err := plain.Dial()
+// ask runs f with a connection to one server: the target's own, whatever its mode.
+func (t Target) ask(f func(valkey.Client) error) error {
+	t.Mode = Single
+	c, err := t.Dial()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer c.Close()
-	info, err := c.Do(ctx, c.B().Arbitrary("INFO", "server").ReadOnly()).ToString()
-	if err != nil {
-		return nil, err
-	}
-	if parseInfo(info)["redis_mode"] == "cluster" {
-		return nil, fmt.Errorf("%s is in cluster mode, and commands are passed to a single primary only: use one with cluster mode disabled", t)
-	}
-	rows, err := c.Do(ctx, c.B().Arbitrary("COMMAND").ReadOnly()).ToArray()
-	if err != nil {
-		return nil, fmt.Errorf("COMMAND: %w", err)
-	}
-	table := make(map[string]compat.UpstreamCommand, len(rows))
+	return f(c)
+}
+
+// KeyTable implements compat.Upstream.
+func (t Target) KeyTable(ctx context.Context) (table map[string]compat.UpstreamCommand, err error) {
+	err = t.ask(func(c valkey.Client) error {
+		rows, err := c.Do(ctx, c.B().Arbitrary("COMMAND").ReadOnly()).ToArray()
+		if err != nil {
+			return fmt.Errorf("COMMAND: %w", err)
+		}
+		table = make(map[string]compat.UpstreamCommand, 2*len(rows))
+		return readCommands(table, rows)
+	})
+	return table, err
+}
+
+// readCommands reads COMMAND's rows, and those of subcommands within them.
+func readCommands(table map[string]compat.UpstreamCommand, rows []valkey.ValkeyMessage) error {
 	for _, row := range rows {
 		parts, err := row.ToArray()
 		if err != nil || len(parts) < 6 {
-			return nil, fmt.Errorf("COMMAND answers a row of %d parts: %w", len(parts), err)
+			return fmt.Errorf("COMMAND answers a row of %d parts: %w", len(parts), err)
 		}
 		name, err := parts[0].ToString()
 		if err != nil {
-			return nil, err
+			return err
 		}
 		flags, err := parts[2].AsStrSlice()
 		if err != nil {
-			return nil, err
+			return err
 		}
 		var u compat.UpstreamCommand
 		for _, f := range flags {
 			u.Movable = u.Movable || f == "movablekeys"
+			u.NoMulti = u.NoMulti || f == "no_multi"
 		}
-		for i, p := range []*int{&u.First, &u.Last, &u.Step} {
-			n, err := parts[3+i].AsInt64()
+		for i, p := range map[int]*int{1: &u.Arity, 3: &u.First, 4: &u.Last, 5: &u.Step} {
+			n, err := parts[i].AsInt64()
 			if err != nil {
-				return nil, err
+				return err
 			}
 			*p = int(n)
 		}
-		table[name] = u
+		if len(parts) > 7 { // from 7.0 on
+			tips, err := parts[7].AsStrSlice()
+			if err != nil {
+				return err
+			}
+			for _, tip := range tips {
+				switch name, value, _ := strings.Cut(tip, ":"); name {
+				case "request_policy":
+					u.Everywhere = value == "all_shards" || value == "all_nodes"
+				case "response_policy":
+					u.Fold = value
+				}
+			}
+		}
+		table[strings.ToLower(name)] = u
+		if len(parts) > 9 {
+			under, err := parts[9].ToArray()
+			if err != nil {
+				return err
+			}
+			if err := readCommands(table, under); err != nil {
+				return err
+			}
+		}
 	}
-	return table, nil
+	return nil
+}
+
+// Shards implements compat.Upstream.
+func (t Target) Shards(ctx context.Context, known []string) ([]compat.UpstreamShard, error) {
+	if t.Mode == Single {
+		return nil, nil
+	}
+	var first error
+	for _, addr := range append([]string{t.Addr}, known...) {
+		t.Addr, t.Others = addr, nil
+		shards, err := t.shards(ctx)
+		if err == nil {
+			return shards, nil
+		}
+		if first == nil {
+			first = err
+		}
+	}
+	return nil, first
+}
+
+func (t Target) shards(ctx context.Context) (shards []compat.UpstreamShard, err error) {
+	err = t.ask(func(c valkey.Client) error {
+		info, err := c.Do(ctx, c.B().Arbitrary("INFO").ReadOnly()).ToString()
+		if err != nil {
+			return err
+		}
+		if parseInfo(info)["redis_mode"] != "cluster" {
+			if t.Mode == Cluster {
+				return fmt.Errorf("%s is not in cluster mode", t)
+			}
+			return nil
+		}
+		rows, err := c.Do(ctx, c.B().ClusterSlots().Build()).ToArray()
+		if err != nil {
+			return fmt.Errorf("CLUSTER SLOTS: %w", err)
+		}
+		if shards, err = readSlots(rows, t.Addr); err == nil && len(shards) == 0 {
+			return fmt.Errorf("no shard of %s has a slot", t)
+		}
+		return err
+	})
+	return shards, err
+}
+
+// readSlots reads CLUSTER SLOTS: rows of a first and a last slot, the primary, and replicas. A primary without a host is at
+// the one that answered.
+func readSlots(rows []valkey.ValkeyMessage, asked string) ([]compat.UpstreamShard, error) {
+	at := make(map[string]int)
+	var shards []compat.UpstreamShard
+	for _, row := range rows {
+		parts, err := row.ToArray()
+		if err != nil || len(parts) < 3 {
+			return nil, fmt.Errorf("CLUSTER SLOTS answers a row of %d parts: %w", len(parts), err)
+		}
+		first, err1 := parts[0].AsInt64()
+		last, err2 := parts[1].AsInt64()
+		node, err3 := parts[2].ToArray()
+		if err := errors.Join(err1, err2, err3); err != nil || len(node) < 2 {
+			return nil, fmt.Errorf("CLUSTER SLOTS: a node of %d parts: %w", len(node), err)
+		}
+		host, _ := node[0].ToString()
+		if host == "" || host == "?" {
+			host, _, _ = net.SplitHostPort(asked)
+		}
+		port, err := node[1].AsInt64()
+		if err != nil {
+			return nil, err
+		}
+		addr := net.JoinHostPort(host, strconv.FormatInt(port, 10))
+		i, ok := at[addr]
+		if !ok {
+			i = len(shards)
+			at[addr], shards = i, append(shards, compat.UpstreamShard{Addr: addr})
+		}
+		shards[i].Slots = append(shards[i].Slots, [2]int{int(first), int(last)})
+	}
+	return shards, nil
 }
