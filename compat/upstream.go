@@ -130,7 +130,7 @@ func (c *conn) passThrough(spec *command.Spec, args [][]byte) bool {
 	known, isKnown := lookUp(table, name, args)
 	where := c.sideOf(spec, name, args, known, isKnown)
 	if where != sideBoth && (c.upWatch != nil && where == sideLog || len(c.watches) > 0 && where == sideUpstream) &&
-		(name == "watch" || c.upMulti != multiNone) {
+		(name == "watch" || c.upMulti == multiOpen) {
 		where = sideBoth
 	}
 	switch where {

@@ -291,21 +291,7 @@ func TestPassThroughMigration(t *testing.T) {
 // TestPassThroughShardReplaced promotes a replica: the commands for its slots go there.
 func TestPassThroughShardReplaced(t *testing.T) {
 	shards := redistest.Cluster(t, 3)
-	replica := redistest.Start(t, "--cluster-enabled", "yes", "--cluster-node-timeout", "2000")
-	replica.Do("CLUSTER", "MEET", "127.0.0.1", strconv.Itoa(shards[0].Port))
-	id := shards[1].Do("CLUSTER", "MYID")
-	redistest.Until(t, 60*time.Second, "the replica", func() error {
-		if !strings.Contains(replica.Do("CLUSTER", "NODES"), id) {
-			return fmt.Errorf("the primary is not known yet")
-		}
-		if out := replica.Do("CLUSTER", "REPLICATE", id); out != "OK" {
-			return fmt.Errorf("%s", out)
-		}
-		if !strings.Contains(replica.Do("INFO", "replication"), "master_link_status:up") {
-			return fmt.Errorf("not connected")
-		}
-		return nil
-	})
+	replica := shards.Replica(t, shards[1])
 	_, addr := startBeside(t, shards[0])
 	c := patient(t, addr)
 	keys, _ := spread(t, shards)

@@ -84,3 +84,29 @@ func (m *Migration) Finish() {
 		node.Do("CLUSTER", "SETSLOT", m.slot, "NODE", m.toID)
 	}
 }
+
+// Replica starts a replica of a shard and waits until it is connected.
+func (c Shards) Replica(t *testing.T, of *Server) *Server {
+	t.Helper()
+	r := Start(t, "--cluster-enabled", "yes", "--cluster-node-timeout", "2000")
+	r.Do("CLUSTER", "MEET", "127.0.0.1", strconv.Itoa(c[0].Port))
+	id := of.Do("CLUSTER", "MYID")
+	Until(t, 60*time.Second, "the shard's replica", func() error {
+		if !strings.Contains(r.Do("CLUSTER", "NODES"), id) {
+			return fmt.Errorf("the primary is not known yet")
+		}
+		if out := r.Do("CLUSTER", "REPLICATE", id); out != "OK" {
+			return fmt.Errorf("%s", out)
+		}
+		if !strings.Contains(r.Do("INFO", "replication"), "master_link_status:up") {
+			return fmt.Errorf("not connected")
+		}
+		for _, n := range c {
+			if !strings.Contains(n.Do("CLUSTER", "SLOTS"), strconv.Itoa(r.Port)) {
+				return fmt.Errorf("%s does not know it yet", n.Addr())
+			}
+		}
+		return nil
+	})
+	return r
+}
