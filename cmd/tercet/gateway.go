@@ -65,6 +65,7 @@ func (o *upstreamOptions) target(ctx context.Context, flag, addr string) (gatewa
 type gatewayOptions struct {
 	upstreamOptions
 	upstream, http      string
+	reader, az          string
 	publicHosts         []string
 	waitReplicas        int
 	waitFsync           bool
@@ -104,6 +105,8 @@ func (o *gatewayOptions) registerWorth(f *pflag.FlagSet) {
 	f.BoolVar(&o.waitFsync, "wait-fsync", false, "and have it on disk, the primary included (WAITAOF)")
 	f.BoolVar(&o.multiAZLog, "multi-az-log", false, "declare that ElastiCache's synchronous durability option is on; refused where that cannot be")
 	f.DurationVar(&o.waitTimeout, "wait-timeout", 5*time.Second, "how long to wait for replicas before the outcome is unknown")
+	f.StringVar(&o.reader, "upstream-reader", "", "`addresses`, host:port,…, of the reader endpoint or of replicas: peeks, which may be a moment old, are answered there")
+	f.StringVar(&o.az, "az", "", "availability `zone` whose replicas answer peeks if they can; with cluster mode disabled it needs --upstream-reader")
 	f.StringVar(&o.requireDurability, "require-durability", "memory", "refuse to start below this `level`: memory, replicas=N, fsync=N or multi-az-log")
 }
 
@@ -117,6 +120,14 @@ func (o *gatewayOptions) worth() (gateway.Worth, gateway.Level, error) {
 		return w, level, usageError{fmt.Errorf("--require-durability: %w", err)}
 	}
 	return w, level, nil
+}
+
+func (o *gatewayOptions) reading() (gateway.Reading, error) {
+	r, err := gateway.ParseReading(o.reader, o.az)
+	if err != nil {
+		return r, usageError{fmt.Errorf("--upstream-reader: %w", err)}
+	}
+	return r, nil
 }
 
 // address is where the upstream is: the flag, the template's variable, the default.
@@ -177,6 +188,10 @@ func (a *app) gateway(ctx context.Context, o *gatewayOptions) error {
 	if err != nil {
 		return err
 	}
+	reading, err := o.reading()
+	if err != nil {
+		return err
+	}
 	ctx, stop := a.untilSignal(ctx, log)
 	defer stop()
 	listeners, err := listenAs(ctx, "--http", o.http)
@@ -192,7 +207,7 @@ func (a *app) gateway(ctx context.Context, o *gatewayOptions) error {
 	}
 	defer secured.stop()
 	g, err := gateway.Open(ctx, gateway.Options{
-		Target: target, Worth: worth, Require: level, Consumer: o.consumer, MaxDeliveries: o.maxDeliveries, Park: o.park,
+		Target: target, Worth: worth, Reading: reading, Require: level, Consumer: o.consumer, MaxDeliveries: o.maxDeliveries, Park: o.park,
 		Version: version, Logger: log, Registerer: registry,
 	})
 	if err != nil {
@@ -261,22 +276,23 @@ func (a *app) untilSignal(ctx context.Context, log hclog.Logger) (context.Contex
 
 // probed is what `tercet gateway test -o json` prints.
 type probed struct {
-	Upstream        string   `json:"upstream"`
-	Server          string   `json:"server"`
-	Version         string   `json:"version"`
-	Mode            string   `json:"mode"`
-	Role            string   `json:"role"`
-	Replicas        int      `json:"replicas"`
-	AppendOnly      bool     `json:"appendOnly"`
-	Fsync           string   `json:"fsync,omitempty"`
-	MaxMemoryPolicy string   `json:"maxMemoryPolicy,omitempty"`
-	TLS             bool     `json:"tls"`
-	User            string   `json:"user,omitempty"`
-	Refused         []string `json:"refused"`
-	LatencyMicros   int64    `json:"latencyMicros"`
-	Durability      string   `json:"durability"`
-	Problems        []string `json:"problems"`
-	Remarks         []string `json:"remarks"`
+	Upstream        string                 `json:"upstream"`
+	Server          string                 `json:"server"`
+	Version         string                 `json:"version"`
+	Mode            string                 `json:"mode"`
+	Role            string                 `json:"role"`
+	Replicas        int                    `json:"replicas"`
+	AppendOnly      bool                   `json:"appendOnly"`
+	Fsync           string                 `json:"fsync,omitempty"`
+	MaxMemoryPolicy string                 `json:"maxMemoryPolicy,omitempty"`
+	TLS             bool                   `json:"tls"`
+	User            string                 `json:"user,omitempty"`
+	Refused         []string               `json:"refused"`
+	LatencyMicros   int64                  `json:"latencyMicros"`
+	Durability      string                 `json:"durability"`
+	Readers         []gateway.ReaderReport `json:"readers,omitempty"`
+	Problems        []string               `json:"problems"`
+	Remarks         []string               `json:"remarks"`
 }
 
 func (a *app) gatewayTestCommand() *cobra.Command {
@@ -297,13 +313,17 @@ latency, and for all that is missing how to get it. It changes nothing. It exits
 			if err != nil {
 				return err
 			}
+			reading, err := o.reading()
+			if err != nil {
+				return err
+			}
 			target, err := o.target(cmd.Context(), "ADDRESS", addr)
 			if err != nil {
 				return err
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), 20*time.Second)
 			defer cancel()
-			r, err := gateway.Probe(ctx, target, worth)
+			r, err := gateway.Probe(ctx, target, worth, reading)
 			if err != nil {
 				return codedError{exitUnavailable, err}
 			}
@@ -312,7 +332,7 @@ latency, and for all that is missing how to get it. It changes nothing. It exits
 				Upstream: target.String(), Server: r.Server, Version: r.Version, Mode: string(r.Mode), Role: r.Role, Replicas: r.Replicas,
 				AppendOnly: r.AppendOnly, Fsync: r.Fsync, MaxMemoryPolicy: r.MaxMemoryPolicy, TLS: r.TLS,
 				LatencyMicros: r.Latency.Microseconds(), Durability: r.Level.String(), User: r.User, Refused: append([]string{}, r.Refused...),
-				Problems: []string{}, Remarks: []string{},
+				Readers: r.Readers, Problems: []string{}, Remarks: []string{},
 			}
 			p.Problems, p.Remarks = append(p.Problems, r.Problems...), append(p.Remarks, r.Remarks...)
 			if err := a.print(p, p.text); err != nil {
@@ -351,6 +371,9 @@ func (p probed) text(w io.Writer) error {
 		{"user", orUnknown(p.User) + ", " + rights},
 		{"round trip", (time.Duration(p.LatencyMicros) * time.Microsecond).String()},
 		{"a publish is worth", p.Durability},
+	}
+	for _, r := range p.Readers {
+		rows = append(rows, []string{"peeks are answered by", r.Addr + ", " + orUnknown(r.Role) + ", zone " + orUnknown(r.Zone)})
 	}
 	if err := table(w, rows); err != nil {
 		return err

@@ -168,10 +168,12 @@ func (g *Gateway) tryReceive(ctx context.Context, c *engine.Receive) (raft.Reply
 
 // receiveID leases one message by its ID.
 func (g *Gateway) receiveID(ctx context.Context, c *engine.ReceiveID) (raft.Reply, error) {
-	return g.byID(ctx, c, false)
+	return g.byID(ctx, c, false, false)
 }
 
-func (g *Gateway) byID(ctx context.Context, c *engine.ReceiveID, peek bool) (raft.Reply, error) {
+// byID leases a message, or with peek looks at it. stale allows a look at a reader, which is believed only if it finds the
+// message.
+func (g *Gateway) byID(ctx context.Context, c *engine.ReceiveID, peek, stale bool) (raft.Reply, error) {
 	var reply raft.Reply
 	id := c.ID
 	if id.Kind == engine.KindDuplicate {
@@ -179,7 +181,7 @@ func (g *Gateway) byID(ctx context.Context, c *engine.ReceiveID, peek bool) (raf
 		original := id.Original()
 		look := *c
 		look.ID = original
-		found, err := g.byID(ctx, &look, true)
+		found, err := g.byID(ctx, &look, true, false)
 		if err != nil {
 			return reply, err
 		}
@@ -197,8 +199,10 @@ func (g *Gateway) byID(ctx context.Context, c *engine.ReceiveID, peek bool) (raf
 	if peek {
 		args[7] = "1"
 	}
-	err := g.up.call(ctx, peek, func(client valkey.Client) error {
-		answer, err := scriptReceiveID.Exec(ctx, client, keysOf(c.Topic, c.Group), args).ToArray()
+	script := scriptReceiveID
+	run := func(client valkey.Client) error {
+		reply = raft.Reply{}
+		answer, err := script.Exec(ctx, client, keysOf(c.Topic, c.Group), args).ToArray()
 		if err != nil {
 			return err
 		}
@@ -244,7 +248,14 @@ func (g *Gateway) byID(ctx context.Context, c *engine.ReceiveID, peek bool) (raf
 			return errs.New(errs.Internal, "the upstream answered a receive by ID with %q", status)
 		}
 		return nil
-	})
+	}
+	if peek {
+		script = scriptLookID
+		if stale && g.reader.use(ctx, run) && reply.Code == errs.OK {
+			return reply, nil
+		}
+	}
+	err := g.up.call(ctx, peek, run)
 	return reply, err
 }
 
@@ -310,9 +321,9 @@ var settled = map[string]errs.Code{
 func (g *Gateway) peek(ctx context.Context, q engine.Query) ([]engine.Delivery, error) {
 	var ds []engine.Delivery
 	args := []string{q.Group, strconv.Itoa(max(q.Max, 1)), q.Deployment}
-	err := g.up.call(ctx, true, func(client valkey.Client) error {
+	run := func(client valkey.Client) error {
 		ds = ds[:0]
-		rows, err := scriptPeek.Exec(ctx, client, keysOf(q.Topic, q.Group), args).ToArray()
+		rows, err := scriptLook.Exec(ctx, client, keysOf(q.Topic, q.Group), args).ToArray()
 		if err != nil {
 			return err
 		}
@@ -328,13 +339,17 @@ func (g *Gateway) peek(ctx context.Context, q engine.Query) ([]engine.Delivery, 
 			ds = append(ds, d)
 		}
 		return nil
-	})
+	}
+	if g.reader.use(ctx, run) {
+		return ds, nil
+	}
+	err := g.up.call(ctx, true, run)
 	return ds, err
 }
 
 // message shows one message.
 func (g *Gateway) message(ctx context.Context, q engine.Query) ([]engine.Delivery, error) {
-	reply, err := g.byID(ctx, &engine.ReceiveID{Topic: q.Topic, Group: q.Group, ID: q.ID, Deployment: q.Deployment}, true)
+	reply, err := g.byID(ctx, &engine.ReceiveID{Topic: q.Topic, Group: q.Group, ID: q.ID, Deployment: q.Deployment}, true, true)
 	if err != nil {
 		return nil, err
 	}

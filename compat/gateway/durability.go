@@ -111,6 +111,8 @@ type Report struct {
 	Refused []string
 	// Latency is the median of a few round trips.
 	Latency time.Duration
+	// Readers are the servers that looks may be answered from.
+	Readers []ReaderReport
 	// Level is what the configured waits make of a publish here.
 	Level Level
 	// Problems are what keeps the gateway from working as configured, Remarks what the operator should know. Both end
@@ -133,13 +135,17 @@ func (r Report) Allows(want Level) error {
 }
 
 // Probe connects to an upstream and reports what it is and what a publish there is worth.
-func Probe(ctx context.Context, t Target, w Worth) (Report, error) {
+func Probe(ctx context.Context, t Target, w Worth, reading Reading) (Report, error) {
 	c, err := t.Dial()
 	if err != nil {
 		return Report{}, err
 	}
 	defer c.Close()
-	return probe(ctx, c, t, w)
+	r, err := probe(ctx, c, t, w)
+	if err == nil && reading.wanted() {
+		r.probeReaders(ctx, t, reading)
+	}
+	return r, err
 }
 
 func probe(ctx context.Context, c valkey.Client, t Target, w Worth) (Report, error) {
@@ -251,16 +257,16 @@ func (r *Report) rights(ctx context.Context, c valkey.Client) (keys bool) {
 		{"XADD", "", "NOMKSTREAM", "*", "a", "b"}, {"XRANGE", "", "-", "+", "COUNT", "1"}, {"XREVRANGE", "", "+", "-", "COUNT", "1"}, {"XDEL", "", "0-1"},
 		{"XACK", "", "g", "0-1"}, {"XCLAIM", "", "g", "c", "0", "0-1"}, {"XPENDING", "", "g"}, {"XINFO", "", "GROUPS"}, {"XGROUP", "", "SETID", "g", "0"},
 		{"GET", ""}, {"SET", "", "x", "XX"}, {"HGET", "", "a"}, {"HDEL", "", "a"}, {"ZADD", "", "XX", "1", "a"}, {"ZRANGE", "", "0", "0"}, {"ZSCORE", "", "a"},
-		{"ZCOUNT", "", "0", "1"}, {"ZREM", "", "a"}, {"EVALSHA", "", "0"}, {"EVAL", "", "0"},
+		{"ZCOUNT", "", "0", "1"}, {"ZREM", "", "a"}, {"EVALSHA", "", "0"}, {"EVAL", "", "0"}, {"EVALSHA_RO", "", "0"}, {"EVAL_RO", "", "0"},
 	} {
 		name, key := words[0], probePrefix+"probe"
 		b := c.B().Arbitrary(name)
 		switch name {
 		case "XINFO", "XGROUP": // the key comes behind the subcommand
 			b = b.Args(words[2]).Keys(key).Args(words[3:]...)
-		case "EVAL":
+		case "EVAL", "EVAL_RO":
 			b = b.Args("return 1", "1").Keys(key)
-		case "EVALSHA":
+		case "EVALSHA", "EVALSHA_RO":
 			b = b.Args(strings.Repeat("0", 40), "1").Keys(key)
 		default:
 			b = b.Keys(key).Args(words[2:]...)

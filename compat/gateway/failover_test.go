@@ -260,7 +260,7 @@ func TestRights(t *testing.T) {
 		"--user", "narrow", "on", ">secret", "~orders", "&*", "+@all")
 	probe := func(user string) Report {
 		t.Helper()
-		report, err := Probe(t.Context(), Target{Addr: r.Addr(), Mode: Single, Username: user, Password: "secret"}, Worth{})
+		report, err := Probe(t.Context(), Target{Addr: r.Addr(), Mode: Single, Username: user, Password: "secret"}, Worth{}, Reading{})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -27,6 +27,8 @@ type Options struct {
 	Worth Worth
 	// Require refuses to open when the upstream cannot give this much.
 	Require Level
+	// Reading says where looks may be answered from; the zero value is the primary.
+	Reading Reading
 	// Consumer is the name under which the gateway's leases stand in the streams' pending entries lists (default "tercet").
 	Consumer string
 	// MaxDeliveries ends a message's deliveries to a group; 0 is no limit. With Park it is kept as a dead letter.
@@ -45,6 +47,7 @@ type Gateway struct {
 	o        Options
 	log      hclog.Logger
 	up       *Upstream
+	reader   *reader // nil for none
 	found    Report
 	secret   []byte
 	waits    waits
@@ -81,6 +84,10 @@ func Open(ctx context.Context, o Options) (*Gateway, error) {
 	}
 	g.found, err = probe(ctx, up.current.Load().Client, o.Target, o.Worth)
 	if err == nil {
+		if o.Reading.wanted() {
+			g.found.probeReaders(ctx, o.Target, o.Reading)
+			g.reader = newReader(o.Target, g.found.Mode, o.Reading, o.Logger)
+		}
 		err = g.found.Allows(o.Require)
 	}
 	if err == nil {
@@ -114,6 +121,7 @@ func (g *Gateway) Close() error {
 	g.waits.close()
 	g.lanes.close()
 	g.group.Wait()
+	g.reader.close()
 	g.up.Close()
 	return nil
 }

@@ -25,11 +25,14 @@ var (
 	//go:embed lua/parked.lua
 	luaParked string
 
+	// The looks are read-only, so that replicas run them.
+	scriptLook   = valkey.NewLuaScriptReadOnly(luaCommon + luaPeek)
+	scriptLookID = valkey.NewLuaScriptReadOnly(luaCommon + luaReceiveID)
+
 	scriptPublish   = valkey.NewLuaScript(luaCommon + luaPublish)
 	scriptReceive   = valkey.NewLuaScript(luaCommon + luaReceive)
 	scriptReceiveID = valkey.NewLuaScript(luaCommon + luaReceiveID)
 	scriptSettle    = valkey.NewLuaScript(luaCommon + luaSettle)
-	scriptPeek      = valkey.NewLuaScript(luaCommon + luaPeek)
 	scriptSweep     = valkey.NewLuaScript(luaCommon + luaSweep)
 	scriptParked    = valkey.NewLuaScript(luaCommon + luaParked)
 )
