@@ -118,7 +118,7 @@ func goldenVectors(t testing.TB) map[string][]byte {
 		Next:   12, More: true, Documents: []StoredDocument{{Table: "t", Key: "k", Value: []byte("v"), Revision: 3}},
 		Parked: []ParkedMessage{{Delivery: Delivery{ContentType: "a"}, ParkedAt: 4, Error: "e"}},
 		Story: &Story{Message: Delivery{ContentType: "a"}, State: StateReady, VisibleAt: 5, Bytes: 6, CRC: 7,
-			Groups: []GroupStory{{Group: "g", State: StateParked, Count: 3, LeasedAt: 1, LeasedUntil: 2, NextAt: 3, ParkedAt: 4, Error: "x"}}},
+			Groups: []GroupStory{{Group: "g", State: StateParked, Count: 3, LeasedAt: 1, LeasedUntil: 2, NextAt: 3, ParkedAt: 4, Error: "x", Consumer: "y"}}},
 		Last: "after"}
 	out["answer"] = AppendAnswer(nil, &a)
 	out["answer stream"] = AppendAnswer(nil, &Answer{Stream: sampleStreamAnswer()})

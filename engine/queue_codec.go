@@ -427,6 +427,7 @@ func (s *Story) append(b []byte) []byte {
 			b = appendVarint(b, at)
 		}
 		b = appendBytes(b, g.Error)
+		b = appendBytes(b, g.Consumer)
 	}
 	return b
 }
@@ -436,9 +437,9 @@ func (r *reader) story() *Story {
 		return nil
 	}
 	s := &Story{Message: r.oneDelivery(), State: MessageState(r.u8()), VisibleAt: r.varint(), Bytes: r.varint(), CRC: uint32(r.upTo(1<<32 - 1))}
-	for range r.count(8) {
+	for range r.count(9) {
 		s.Groups = append(s.Groups, GroupStory{Group: r.str(), State: MessageState(r.u8()), Count: uint32(r.upTo(1<<32 - 1)),
-			LeasedAt: r.varint(), LeasedUntil: r.varint(), NextAt: r.varint(), ParkedAt: r.varint(), Error: r.str()})
+			LeasedAt: r.varint(), LeasedUntil: r.varint(), NextAt: r.varint(), ParkedAt: r.varint(), Error: r.str(), Consumer: r.str()})
 	}
 	return s
 }

@@ -336,6 +336,9 @@ type GroupStory struct {
 	State MessageState
 	// Count is the number of deliveries. For an acknowledged message it is not known any more.
 	Count uint32
+	// Consumer has the message, or had it last, while it is neither parked nor acknowledged: a Valkey consumer's name, or
+	// HTTPConsumer for all of the queue protocol.
+	Consumer string
 	// LeasedAt and LeasedUntil are the last lease, NextAt is when the message is deliverable again, ParkedAt
 	// when it was parked; Unix ms, 0 for none.
 	LeasedAt, LeasedUntil, NextAt, ParkedAt int64

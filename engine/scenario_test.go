@@ -322,6 +322,9 @@ func (s *scenario) query(d *datadriven.TestData, words func(int) []string, arg f
 		s.delivery(&st.Message, out)
 		for _, g := range st.Groups {
 			fmt.Fprintf(out, "  %s: %v count %d", g.Group, g.State, g.Count)
+			if g.Consumer != "" {
+				fmt.Fprintf(out, " of %s", g.Consumer)
+			}
 			for _, x := range []struct {
 				name string
 				at   int64

@@ -126,6 +126,9 @@ func (e *Engine) storyAnswer(t *topic, id MessageID, now int64) (Answer, error) 
 		if l.count > 0 {
 			s.LeasedAt = e.wallAt(l.granted)
 		}
+		if l.state == leased || l.state == released {
+			s.Consumer = g.holder(&l)
+		}
 		switch state {
 		case StateLeased:
 			s.LeasedUntil = e.wallAt(l.deadline)
@@ -143,6 +146,14 @@ func (e *Engine) storyAnswer(t *topic, id MessageID, now int64) (Answer, error) 
 		a.Story.Groups = append(a.Story.Groups, s)
 	}
 	return a, nil
+}
+
+// holder names who has an entry, or had it last.
+func (g *group) holder(l *lease) string {
+	if c := g.byNum[l.consumer]; c != nil {
+		return c.name
+	}
+	return HTTPConsumer
 }
 
 // finish brings an answer whose messages are loaded into the form its kind has.

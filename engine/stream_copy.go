@@ -169,6 +169,7 @@ func (e *Engine) applyKeyCopy(c *KeyCopy, res *Result) error {
 		}
 	}
 	t.dirty = true
+	e.catchUp(t)
 	res.Count = 1
 	return nil
 }

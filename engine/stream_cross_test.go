@@ -141,3 +141,38 @@ func TestTwoProtocols(t *testing.T) {
 		})
 	}
 }
+
+// TestStoryNamesTheHolder: a story says which consumer has a message, or had it last.
+func TestStoryNamesTheHolder(t *testing.T) {
+	restarts(t, func(t *testing.T, l *testLog, again func()) {
+		add := func(ms uint64) MessageID {
+			r := l.do(&StreamAdd{Key: "s", By: AddExplicit, ID: sid(ms, 0), Fields: fieldsOf("v", "x")})
+			return r.Published.ID(0)
+		}
+		id := add(1)
+		holder := func() string {
+			t.Helper()
+			again()
+			a, err := l.e.Query(Query{Kind: QueryStory, Topic: "s", ID: id})
+			if err != nil {
+				t.Fatal(err)
+			}
+			g := a.Story.Groups[0]
+			return fmt.Sprint(g.State, " ", g.Count, " ", g.Consumer)
+		}
+		l.group(&StreamGroup{Op: GroupCreate, Key: "s", Group: "g"})
+		want(t, "never given", holder(), "ready 0 ")
+		l.readGroup("s", "g", "alice", 1)
+		want(t, "read", holder(), "leased 1 alice")
+		l.do(&StreamClaim{Key: "s", Group: "g", Consumer: "bob", IDs: []StreamID{sid(1, 0)}, RetryCount: -1})
+		want(t, "claimed", holder(), "leased 2 bob")
+		l.do(&StreamAck{Key: "s", Group: "g", IDs: []StreamID{sid(1, 0)}})
+		want(t, "acknowledged", holder(), "acknowledged 0 ")
+		id = add(2)
+		l.do(&Receive{Topic: "s", Group: "g", Max: 1, Visibility: time.Second})
+		want(t, "received", holder(), "leased 1 "+HTTPConsumer)
+		l.pass(time.Minute)
+		l.do(&Tick{})
+		want(t, "lease over", holder(), "ready 1 "+HTTPConsumer)
+	})
+}

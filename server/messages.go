@@ -195,7 +195,7 @@ func storyOf(topic string, sealer *engine.Sealer, s *engine.Story) wire.Story {
 	}
 	for _, g := range s.Groups {
 		out.Groups = append(out.Groups, wire.GroupStory{
-			Group: g.Group, State: g.State.String(), Deliveries: g.Count, LeasedAt: timeText(g.LeasedAt), LeasedUntil: timeText(g.LeasedUntil), NextAt: timeText(g.NextAt),
+			Group: g.Group, State: g.State.String(), Deliveries: g.Count, Consumer: g.Consumer, LeasedAt: timeText(g.LeasedAt), LeasedUntil: timeText(g.LeasedUntil), NextAt: timeText(g.NextAt),
 			ParkedAt: timeText(g.ParkedAt), LastError: g.Error,
 		})
 	}

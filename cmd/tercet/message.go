@@ -178,13 +178,13 @@ func printStory(w io.Writer, s *wire.Story) error {
 		return err
 	}
 	if len(s.Groups) > 0 {
-		rows = [][]string{{"\nGROUP", "STATE", "DELIVERIES", "LEASED", "UNTIL", "NEXT", "PARKED", "LAST ERROR"}}
+		rows = [][]string{{"\nGROUP", "STATE", "DELIVERIES", "BY", "LEASED", "UNTIL", "NEXT", "PARKED", "LAST ERROR"}}
 		for _, g := range s.Groups {
 			deliveries := strconv.FormatUint(uint64(g.Deliveries), 10)
 			if g.State == "acknowledged" {
 				deliveries = "" // an acknowledged message is a mark in its group, without a count
 			}
-			rows = append(rows, []string{printable(g.Group), g.State, deliveries, g.LeasedAt, g.LeasedUntil, g.NextAt, g.ParkedAt, g.LastError})
+			rows = append(rows, []string{printable(g.Group), g.State, deliveries, printable(g.Consumer), g.LeasedAt, g.LeasedUntil, g.NextAt, g.ParkedAt, g.LastError})
 		}
 		if err := table(w, rows); err != nil {
 			return err

@@ -1,10 +1,17 @@
 package push
 
 import (
+	"context"
 	"errors"
+	"io"
+	"net"
+	"net/http"
 	"net/netip"
+	"net/url"
+	"os"
 	"reflect"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -91,6 +98,34 @@ func TestRetryAfterHeader(t *testing.T) {
 		if got := retryAfter(value, now); got != want {
 			t.Errorf("%q: %v, want %v", value, got, want)
 		}
+	}
+}
+
+// TestJudge: 429 and 502 to 504 say that the endpoint has too much, and so does no answer. Every other answer, 500 above
+// all, is a word on the message and no reason to stop pushing.
+func TestJudge(t *testing.T) {
+	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	for status := 200; status < 600; status++ {
+		a := judge(&http.Response{StatusCode: status, Header: http.Header{"Retry-After": {"7"}}, Body: io.NopCloser(strings.NewReader("text"))}, nil, now)
+		want, pause := served, time.Duration(0)
+		switch status {
+		case 429, 502, 503, 504:
+			want, pause = overloaded, 7*time.Second
+		}
+		if a.verdict != want || a.pause != pause || (a.reason == "") != (status < 300) {
+			t.Errorf("%d is judged %+v", status, a)
+		}
+	}
+	for kind, err := range map[string]error{
+		"timeout":    &url.Error{Op: "Post", URL: "http://x", Err: context.DeadlineExceeded},
+		"connection": &url.Error{Op: "Post", URL: "http://x", Err: &net.OpError{Op: "dial", Err: syscall.ECONNREFUSED}},
+	} {
+		if a := judge(nil, err, now); a.verdict != overloaded || a.kind != kind || a.reason == "" {
+			t.Errorf("%v is judged %+v", err, a)
+		}
+	}
+	if a := judge(nil, os.ErrDeadlineExceeded, now); a.verdict != overloaded || a.kind != "timeout" {
+		t.Errorf("a deadline of the connection is judged %+v", a)
 	}
 }
 

@@ -357,8 +357,10 @@ type Story struct {
 type GroupStory struct {
 	Group string `json:"group"`
 	// State is ready, leased, waiting, parked or acknowledged.
-	State       string `json:"state"`
-	Deliveries  uint32 `json:"deliveries"`
+	State      string `json:"state"`
+	Deliveries uint32 `json:"deliveries"`
+	// Consumer has the message, or had it last: a consumer of the Valkey port, or "tercet:http" for receives and pushes.
+	Consumer    string `json:"consumer,omitempty"`
 	LeasedAt    string `json:"leasedAt,omitempty"`
 	LeasedUntil string `json:"leasedUntil,omitempty"`
 	NextAt      string `json:"nextAt,omitempty"`

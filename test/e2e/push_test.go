@@ -3,6 +3,8 @@ package e2e
 import (
 	"bytes"
 	"context"
+	"crypto/hmac"
+	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -264,10 +266,21 @@ func TestPushSDK(t *testing.T) {
 				pushRetry(t, client(t, leader), app.name+"-retry", base+"/api/queues/retry", got)
 			})
 			t.Run("unsigned", func(t *testing.T) {
+				key, err := base64.StdEncoding.DecodeString(strings.TrimPrefix(pushSecret, "whsec_"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				signature := func(at time.Time, body string) map[string]string {
+					m := hmac.New(sha256.New, key)
+					fmt.Fprintf(m, "msg_1.%d.%s", at.Unix(), body)
+					return map[string]string{"webhook-id": "msg_1", "webhook-timestamp": fmt.Sprint(at.Unix()), "webhook-signature": "v1," + base64.StdEncoding.EncodeToString(m.Sum(nil))}
+				}
 				for _, headers := range []map[string]string{
 					nil,
 					{"webhook-id": "msg_1", "webhook-timestamp": fmt.Sprint(time.Now().Unix()), "webhook-signature": "v1,AAAA"},
 					{"webhook-id": "msg_1", "webhook-timestamp": "0", "webhook-signature": ""},
+					signature(time.Now(), `{"id":2}`),                 // of another body
+					signature(time.Now().Add(-time.Hour), `{"id":1}`), // heard an hour ago and sent again
 				} {
 					req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, base+"/api/queues/process-order", strings.NewReader(`{"id":1}`))
 					if err != nil {
