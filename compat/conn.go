@@ -94,9 +94,11 @@ type conn struct {
 	dead      bool
 	reason    string
 
-	wake    chan struct{}
-	done    chan struct{} // closed by kill
-	readEnd chan struct{} // closed when the reader has ended
+	wake chan struct{}
+	// writeUntil is the deadline of writes; the writer's own.
+	writeUntil time.Time
+	done       chan struct{} // closed by kill
+	readEnd    chan struct{} // closed when the reader has ended
 }
 
 // unblock says how a blocked read is ended from outside.
@@ -328,6 +330,7 @@ func (c *conn) killLocked(reason string) {
 	c.nc.Close()
 	close(c.done)
 	c.changed.Broadcast()
+	c.flush() // ends the writer
 }
 
 // write sends replies until the connection is closed.
@@ -340,14 +343,13 @@ func (c *conn) write() {
 		c.taken = 0
 		c.mu.Unlock()
 	}()
-	for {
-		select {
-		case <-c.wake:
-		case <-c.done:
-			return
-		}
+	for range c.wake {
 		for {
 			c.mu.Lock()
+			if c.dead {
+				c.mu.Unlock()
+				return
+			}
 			c.drainLocked()
 			buf := c.out.B
 			if len(buf) == 0 {
@@ -396,11 +398,14 @@ func (c *conn) readerEnded() bool {
 // writeChunk is what one write deadline is given for.
 const writeChunk = 64 << 10
 
-// send writes buf, with a deadline for each piece.
+// send writes buf. Each piece has at least three quarters of the time-out: the deadline is not set anew for every reply.
 func (c *conn) send(buf []byte) error {
 	for len(buf) > 0 {
 		n := min(len(buf), writeChunk)
-		c.nc.SetWriteDeadline(time.Now().Add(c.s.limits.WriteTimeout))
+		if now, limit := time.Now(), c.s.limits.WriteTimeout; c.writeUntil.Sub(now) < limit/4*3 {
+			c.writeUntil = now.Add(limit)
+			c.nc.SetWriteDeadline(c.writeUntil)
+		}
 		if _, err := c.nc.Write(buf[:n]); err != nil {
 			return err
 		}
