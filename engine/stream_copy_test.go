@@ -101,7 +101,7 @@ func TestCopyOfMessages(t *testing.T) {
 		l.do(&KeyDelete{Keys: []string{"s"}})
 		again()
 		l.do(&Receive{Topic: "t", Group: "other", Max: 2, Visibility: time.Minute})
-		if d := checkLarge(t, l, "other", body); string(d.ContentType) != "image/png" {
+		if d := checkLarge(t, l, "other", body); d.ContentType != "image/png" {
 			t.Errorf("the large message came as %q", d.ContentType)
 		}
 		got := ""

@@ -363,7 +363,7 @@ func TestPartPacks(t *testing.T) {
 	if after := packTotal(t, l); after > 3*limits.PartBytes {
 		t.Errorf("%d bytes are left of %d, %d of them live", after, before, len(kept))
 	}
-	fs = l.crash(fs)
+	l.crash(fs)
 	checkLarge(t, l, "g", kept)
 	l.pass(25 * time.Hour)
 	look()

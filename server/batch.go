@@ -2,6 +2,7 @@ package server
 
 import (
 	"bytes"
+	"encoding/binary"
 	"mime"
 	"net/http"
 	"net/textproto"
@@ -30,6 +31,11 @@ const partHeadBytesMax = limits.HeaderBytesMax + 4<<10
 // beyond the strings of its heads.
 type batch struct {
 	messages []engine.NewMessage
+	// extents is where the bodies of messages stand in what was parsed, ids what they were given.
+	extents []extent
+	ids     []engine.MessageID
+	// bodyMax bounds each body; 0 is the bound of those that fit one command. longest is what one has at most.
+	bodyMax, longest int64
 	// verdicts has one entry per message of the request: nil for one that is in messages.
 	verdicts []*errs.Error
 
@@ -45,11 +51,11 @@ var batches = sync.Pool{New: func() any { return new(batch) }}
 func (b *batch) reset() {
 	clear(b.messages)
 	clear(b.verdicts)
-	*b = batch{messages: b.messages[:0], verdicts: b.verdicts[:0]}
+	*b = batch{messages: b.messages[:0], extents: b.extents[:0], ids: b.ids[:0], verdicts: b.verdicts[:0]}
 }
 
-// sendBatch answers POST /api/v3/topic/{topic}/batch: 1 to 100 messages, which are judged one by one and stored
-// all together. A body that is malformed or ends early stores nothing.
+// sendBatch answers POST /api/v3/topic/{topic}/batch: 1 to 100 messages, which are judged one by one. What fits one entry is
+// stored all together. A body that is malformed or ends early stores nothing.
 func (x *exchange) sendBatch() {
 	h := x.r.Header
 	require, e := requireOf(h)
@@ -68,28 +74,42 @@ func (x *exchange) sendBatch() {
 		x.fail(e)
 		return
 	}
+	b.bodyMax = x.s.batchBodyMax
+	if x.s.spool != "" && x.r.ContentLength > limits.BatchBytesMax {
+		x.sendSpooled(b, nil, boundary, require)
+		return
+	}
 	// A batch of unknown length starts with a buffer that the last one may have left.
 	buf := getBuffer(int(min(max(x.r.ContentLength, smallBuffer+1), largeBufferMax)))
 	defer putBuffer(buf)
-	if buf.b, e = x.readBody(buf.b, limits.BatchBytesMax); e != nil {
-		x.fail(e)
+	buf.b, e = x.readBody(buf.b, limits.BatchBytesMax)
+	if e != nil && e.Code == errs.MessageTooLarge && x.s.spool != "" {
+		// A body of unknown length that turns out to be large: what has been read is its beginning.
+		x.close = false
+		x.sendSpooled(b, buf.b, boundary, require)
 		return
 	}
-	if boundary == "" {
-		e = b.parseFrames(buf.b)
-	} else {
-		e = b.parseMultipart(buf.b, boundary)
+	if e == nil {
+		e = b.parse(memory(buf.b), boundary)
+	}
+	if e == nil {
+		e = x.meter(len(buf.b))
 	}
 	if e != nil {
 		x.fail(e)
 		return
 	}
-	if e := x.meter(len(buf.b)); e != nil {
-		x.fail(e)
-		return
-	}
-	var published engine.Published
-	if len(b.messages) > 0 {
+	switch {
+	case b.large():
+		if e := x.holdSlot(); e != nil {
+			x.fail(e)
+			return
+		}
+		if e := x.storeSeveral(b, memory(buf.b), require); e != nil {
+			x.fail(e)
+			return
+		}
+	case len(b.messages) > 0:
 		publish := engine.Publish{Topic: x.topic, Messages: b.messages}
 		command := publish.AppendTo(make([]byte, 0, len(buf.b)+len(b.messages)*64+len(x.topic)+16))
 		if len(command) > limits.EntryBytesMax-engine.EntryOverhead-64 {
@@ -102,8 +122,16 @@ func (x *exchange) sendBatch() {
 			return
 		}
 		x.published(reply, 0)
-		published = reply.Published
+		for i := range b.messages {
+			b.ids = append(b.ids, reply.Published.ID(i))
+		}
 	}
+	// The answer is written over the request, which nobody reads any more.
+	x.answerBatch(b, buf)
+}
+
+// answerBatch says what became of each message.
+func (x *exchange) answerBatch(b *batch, buf *buffer) {
 	head := x.w.Header()
 	head[wire.HeaderRequestID] = []string{x.requestID()}
 	sealer, e := x.sealer()
@@ -111,13 +139,12 @@ func (x *exchange) sendBatch() {
 		x.fail(e)
 		return
 	}
-	// The answer is written over the request, which nobody reads any more.
-	if parseAccept(h["Accept"]).batch {
+	if parseAccept(x.r.Header["Accept"]).batch {
 		head["Content-Type"] = batchType
-		buf.b = b.appendFrames(buf.b[:0], sealer, published)
+		buf.b = b.appendFrames(buf.b[:0], sealer)
 	} else {
 		head["Content-Type"] = jsonType
-		buf.b = b.appendJSON(buf.b[:0], sealer, published)
+		buf.b = b.appendJSON(buf.b[:0], sealer)
 	}
 	head["Content-Length"] = []string{strconv.Itoa(len(buf.b))}
 	x.w.WriteHeader(http.StatusOK)
@@ -164,8 +191,8 @@ func (b *batch) defaults(h http.Header) *errs.Error {
 	return nil
 }
 
-// add judges one message.
-func (b *batch) add(head, body []byte) *errs.Error {
+// add judges one message, whose body is at an extent of src.
+func (b *batch) add(head []byte, src source, at extent) *errs.Error {
 	if len(b.verdicts) == limits.BatchMessagesMax {
 		return errs.New(errs.InvalidBody, "the batch has more than %d messages", limits.BatchMessagesMax)
 	}
@@ -174,13 +201,17 @@ func (b *batch) add(head, body []byte) *errs.Error {
 		b.head = head
 	}
 	e := b.err
-	if e == nil && len(body) > limits.MessageBytesMax {
-		e = errs.New(errs.MessageTooLarge, "the message has %d bytes and may have %d", len(body), limits.MessageBytesMax)
+	if most := max(b.bodyMax, limits.MessageBytesMax); e == nil && at.len() > most {
+		e = errs.New(errs.MessageTooLarge, "the message has %d bytes and may have %d", at.len(), most)
 	}
 	b.verdicts = append(b.verdicts, e)
 	if e == nil {
 		b.messages = append(b.messages, b.parsed.msg)
-		b.messages[len(b.messages)-1].Body = body
+		b.extents = append(b.extents, at)
+		b.longest = max(b.longest, at.len())
+		if m, ok := src.(memory); ok {
+			b.messages[len(b.messages)-1].Body = m[at.from:at.to]
+		}
 	}
 	return nil
 }
@@ -253,17 +284,37 @@ func partHeader(name []byte) (canonical string, bit uint) {
 	return "", 0
 }
 
+func (b *batch) parse(src source, boundary string) *errs.Error {
+	if boundary == "" {
+		return b.parseFrames(src)
+	}
+	return b.parseMultipart(src, boundary)
+}
+
 // parseFrames reads a body in the compact framing.
-func (b *batch) parseFrames(data []byte) *errs.Error {
-	for len(data) > 0 {
-		head, body, rest, err := wire.NextFrame(data)
-		if err != nil {
-			return errs.New(errs.InvalidBody, "frame %d of the batch is malformed or ends early", len(b.verdicts)+1)
-		}
-		if e := b.add(head, body); e != nil {
+func (b *batch) parseFrames(src source) *errs.Error {
+	malformed := func() *errs.Error {
+		return errs.New(errs.InvalidBody, "frame %d of the batch is malformed or ends early", len(b.verdicts)+1)
+	}
+	for at, size := int64(0), src.size(); at < size; {
+		prefix, e := src.bytes(at, min(at+2*binary.MaxVarintLen64, size))
+		if e != nil {
 			return e
 		}
-		data = rest
+		head, frame, err := wire.FrameHead(prefix, size-at)
+		if err != nil {
+			return malformed()
+		}
+		body := extent{at + head.From + head.Length, at + frame}
+		// A head that is too long is an error of this message: so much of it is enough to see that.
+		text, e := src.bytes(at+head.From, at+head.From+min(head.Length, partHeadBytesMax+1))
+		if e != nil {
+			return e
+		}
+		if e := b.add(text, src, body); e != nil {
+			return e
+		}
+		at += frame
 	}
 	return b.whole()
 }
@@ -277,47 +328,70 @@ func (b *batch) whole() *errs.Error {
 
 // parseMultipart reads a body in multipart form. There must be nothing before the first delimiter and nothing but
 // white space behind the last one.
-func (b *batch) parseMultipart(data []byte, boundary string) *errs.Error {
+func (b *batch) parseMultipart(src source, boundary string) *errs.Error {
 	malformed := func(what string) *errs.Error {
 		return errs.New(errs.InvalidBody, "part %d of the batch: %s", len(b.verdicts)+1, what)
 	}
 	// Every delimiter but the first has a CRLF before it that is its own. The needle is made once.
 	delimiter := append(append(make([]byte, 0, len(boundary)+4), "\r\n--"...), boundary...)
-	if !bytes.HasPrefix(data, delimiter[2:]) {
+	size := src.size()
+	at := int64(len(delimiter) - 2)
+	if begin, e := src.bytes(0, min(at, size)); e != nil {
+		return e
+	} else if !bytes.Equal(begin, delimiter[2:]) {
 		return errs.New(errs.InvalidBody, "the batch does not begin with its boundary")
 	}
-	data = data[len(delimiter)-2:]
 	for {
-		// Here data begins behind a delimiter.
-		if bytes.HasPrefix(data, []byte("--")) {
-			if len(bytes.Trim(data[2:], " \t\r\n")) > 0 {
+		// Here at is behind a delimiter.
+		behind, e := src.bytes(at, min(at+2, size))
+		if e != nil {
+			return e
+		}
+		if string(behind) == "--" {
+			rest, e := src.bytes(at+2, min(at+2+partHeadBytesMax, size))
+			if e != nil {
+				return e
+			}
+			if len(bytes.Trim(rest, " \t\r\n")) > 0 || size-at-2 > partHeadBytesMax {
 				return malformed("there is more behind the last delimiter")
 			}
 			return b.whole()
 		}
-		if !bytes.HasPrefix(data, []byte("\r\n")) {
+		if string(behind) != "\r\n" {
 			return malformed("no line end behind the delimiter")
 		}
-		part := data // from the line end on, so that a part without headers and body is found too
-		for from := 0; ; {
-			i := bytes.Index(data[from:], delimiter)
+		part := extent{from: at} // from the line end on, so that a part without headers and body is found too
+		for from := at; part.to == 0; {
+			i, e := src.index(from, size, delimiter)
+			if e != nil {
+				return e
+			}
 			if i < 0 {
 				return malformed("the body ends before the last delimiter")
 			}
-			part, from = data[:from+i], from+i+len(delimiter)
-			rest := data[from:]
-			if bytes.HasPrefix(rest, []byte("\r\n")) || bytes.HasPrefix(rest, []byte("--")) {
-				data = rest
-				break
-			}
-			if len(rest) > 0 && strings.IndexByte(" \t\r\n-", rest[0]) >= 0 {
+			from = i + int64(len(delimiter))
+			rest, e := src.bytes(from, min(from+2, size))
+			switch {
+			case e != nil:
+				return e
+			case string(rest) == "\r\n", string(rest) == "--":
+				part.to, at = i, from
+			case len(rest) > 0 && strings.IndexByte(" \t\r\n-", rest[0]) >= 0:
 				// A delimiter to some readers and content to others.
 				return malformed("no line end behind the delimiter")
 			}
 		}
-		head, body, ok := bytes.Cut(part, []byte("\r\n\r\n"))
-		if !ok {
+		blank, e := src.index(part.from, part.to, []byte("\r\n\r\n"))
+		if e != nil {
+			return e
+		}
+		if blank < 0 {
 			return malformed("no empty line behind the headers")
+		}
+		// A head that is too long is an error of this message: so much of it is enough to see that.
+		head, e := src.bytes(part.from, min(blank, part.from+partHeadBytesMax+3))
+		if e != nil {
+			return e
 		}
 		if len(head) >= 2 {
 			head = head[2:]
@@ -326,14 +400,14 @@ func (b *batch) parseMultipart(data []byte, boundary string) *errs.Error {
 			// Some readers take a line feed alone for the end of a line, and find the end of the head elsewhere.
 			return malformed("a header line that does not end in CR LF")
 		}
-		if e := b.add(head, body); e != nil {
+		if e := b.add(head, src, extent{blank + 4, part.to}); e != nil {
 			return e
 		}
 	}
 }
 
 // appendJSON appends the JSON answer.
-func (b *batch) appendJSON(dst []byte, sealer *engine.Sealer, published engine.Published) []byte {
+func (b *batch) appendJSON(dst []byte, sealer *engine.Sealer) []byte {
 	dst = append(dst, `{"results":[`...)
 	sent := 0
 	for i, e := range b.verdicts {
@@ -342,7 +416,7 @@ func (b *batch) appendJSON(dst []byte, sealer *engine.Sealer, published engine.P
 		}
 		if e == nil {
 			dst = append(dst, `{"status":"sent","messageId":"`...)
-			dst = append(dst, sealer.MessageID(published.ID(sent))...)
+			dst = append(dst, sealer.MessageID(b.ids[sent])...)
 			dst = append(dst, '"', '}')
 			sent++
 			continue
@@ -353,19 +427,21 @@ func (b *batch) appendJSON(dst []byte, sealer *engine.Sealer, published engine.P
 		dst = append(dst, e.Code.String()...)
 		dst = append(dst, `","error":`...)
 		dst = appendJSON(dst, e.Text())
-		dst = append(dst, `,"retryable":false}`...)
+		dst = append(dst, `,"retryable":`...)
+		dst = strconv.AppendBool(dst, retryable(e))
+		dst = append(dst, '}')
 	}
 	return append(dst, ']', '}')
 }
 
 // appendFrames appends the compact answer: a frame per message, whose body is its id and whose head is empty, or
 // whose body is the error's text and whose head names its status and code.
-func (b *batch) appendFrames(dst []byte, sealer *engine.Sealer, published engine.Published) []byte {
+func (b *batch) appendFrames(dst []byte, sealer *engine.Sealer) []byte {
 	sent := 0
 	var head []byte
 	for _, e := range b.verdicts {
 		if e == nil {
-			dst = wire.AppendFrame(dst, nil, []byte(sealer.MessageID(published.ID(sent))))
+			dst = wire.AppendFrame(dst, nil, []byte(sealer.MessageID(b.ids[sent])))
 			sent++
 			continue
 		}

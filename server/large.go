@@ -31,12 +31,8 @@ type partLoader interface {
 // takes does not depend on its size. begun is what has been read of the body; the rest follows from the connection.
 // Nothing is visible before the commit, so whatever goes wrong earlier has not happened.
 func (x *exchange) sendLarge(msg engine.NewMessage, begun []byte, require raft.Require) {
-	u := upload{x: x, require: require, msg: msg}
-	e := u.run(begun)
-	if e != nil {
-		if u.id != 0 && !u.committing {
-			u.abort()
-		}
+	u := upload{x: x, require: require, msg: msg, from: x.r.Body, length: x.r.ContentLength, client: true}
+	if e := u.run(begun); e != nil {
 		x.writeDeadline(0)
 		x.fail(e)
 		return
@@ -50,6 +46,11 @@ type upload struct {
 	x       *exchange
 	require raft.Require
 	msg     engine.NewMessage
+	// from is where the body comes from and length how long it is, -1 for unknown. client tells that it comes from the
+	// connection, which cannot be used any more unless all of it was read.
+	from   io.Reader
+	length int64
+	client bool
 
 	id         uint64
 	parts      uint32
@@ -78,22 +79,39 @@ func (u *upload) run(begun []byte) *errs.Error {
 		x.close = true
 		return e
 	}
+	return u.store(begun)
+}
+
+// store stores the message, or leaves nothing of it behind.
+func (u *upload) store(begun []byte) *errs.Error {
+	e := u.steps(begun)
+	if e != nil && u.id != 0 && !u.committing {
+		u.abort()
+	}
+	return e
+}
+
+func (u *upload) steps(begun []byte) *errs.Error {
+	x := u.x
 	reply, e := u.propose(&engine.UploadOpen{Topic: x.topic, Key: u.msg.Key, Deployment: u.msg.Deployment}, raft.Majority)
 	if e != nil {
-		x.close = true
+		x.close = x.close || u.client
 		return u.nothing(e)
 	}
 	if reply.Published.Count == 1 {
 		// The key is known: there is nothing to store, and the client is to have its answer once it has sent all.
 		u.reply = reply
+		if !u.client {
+			return nil
+		}
 		return u.discard()
 	}
 	u.id = reply.Upload
 	if e := u.body(begun); e != nil {
-		x.close = true
+		x.close = x.close || u.client
 		return e
 	}
-	if x.r.ContentLength < 0 {
+	if u.client && u.length < 0 {
 		if e := x.meter(int(u.bytes)); e != nil {
 			return e
 		}
@@ -128,10 +146,12 @@ func (u *upload) body(begun []byte) *errs.Error {
 		since := time.Now()
 		u.pace(since, len(part))
 		for len(part) < limits.PartBytes && !ended {
-			n, err := u.x.r.Body.Read(part[len(part):limits.PartBytes])
+			n, err := u.from.Read(part[len(part):limits.PartBytes])
 			part = part[:len(part)+n]
 			if err == io.EOF {
 				ended = true
+			} else if err != nil && !u.client {
+				return errs.New(errs.Internal, "a batch that was put aside cannot be read").With(err)
 			} else if err != nil {
 				return bodyError(err)
 			}
@@ -140,7 +160,7 @@ func (u *upload) body(begun []byte) *errs.Error {
 		if u.bytes+int64(len(part)) > u.x.s.largeMax {
 			return errs.New(errs.MessageTooLarge, "the body has more than %d bytes", u.x.s.largeMax)
 		}
-		if ended && u.x.r.ContentLength >= 0 && u.bytes+int64(len(part)) != u.x.r.ContentLength {
+		if ended && u.length >= 0 && u.bytes+int64(len(part)) != u.length {
 			return bodyError(io.ErrUnexpectedEOF)
 		}
 		if len(part) == 0 {
@@ -160,6 +180,9 @@ func (u *upload) body(begun []byte) *errs.Error {
 // pace holds the client to the minimum rate, part by part: the time that the cluster takes is not the client's, and a
 // client that stops is let go of before its upload ends by itself.
 func (u *upload) pace(since time.Time, got int) {
+	if !u.client {
+		return
+	}
 	l := &u.x.s.limits
 	need := time.Duration(got) * time.Second / time.Duration(l.TransferRate)
 	u.x.readDeadline(since.Add(l.TransferGrace + need))

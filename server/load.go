@@ -13,7 +13,7 @@ import (
 type load struct {
 	requestsMax, waitsMax, bytesMax int64
 
-	requests, waits, bytes atomic.Int64
+	requests, waits, bytes, spooled atomic.Int64
 
 	connectionsMax, perAddrMax int
 	connections                connections

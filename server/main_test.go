@@ -27,6 +27,9 @@ func start(t testing.TB, o Options) (*Server, string) {
 	if o.Logger == nil {
 		o.Logger = hclog.New(&hclog.LoggerOptions{Output: logWriter{t}, Level: hclog.Warn})
 	}
+	if o.Spool == "" {
+		o.Spool = t.TempDir()
+	}
 	s, err := New(o)
 	if err != nil {
 		t.Fatal(err)

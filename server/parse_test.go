@@ -10,12 +10,16 @@ import (
 	"mime/multipart"
 	"net/http"
 	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"unicode/utf8"
 
 	"tercet.dev/tercet/engine"
+	"tercet.dev/tercet/internal/errs"
 	"tercet.dev/tercet/internal/limits"
 	"tercet.dev/tercet/server/wire"
 )
@@ -94,7 +98,9 @@ func FuzzBatchFrames(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		var b batch
 		b.base.init()
-		if e := b.parseFrames(data); e != nil {
+		e := b.parse(memory(data), "")
+		checkSpooled(t, data, "", &b, e)
+		if e != nil {
 			return
 		}
 		var again []byte
@@ -120,6 +126,35 @@ func FuzzBatchFrames(f *testing.F) {
 		}
 		checkBatch(t, &b)
 	})
+}
+
+// checkSpooled: a batch that was put aside is read like one in memory.
+func checkSpooled(t *testing.T, data []byte, boundary string, b *batch, e *errs.Error) {
+	t.Helper()
+	f, err := os.Create(filepath.Join(t.TempDir(), "spool"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.Write(data); err != nil {
+		t.Fatal(err)
+	}
+	src := &spool{f: f, length: int64(len(data)), window: make([]byte, 7)}
+	var again batch
+	again.base.init()
+	e2 := again.parse(src, boundary)
+	if fmt.Sprint(e) != fmt.Sprint(e2) || len(again.verdicts) != len(b.verdicts) || len(again.messages) != len(b.messages) {
+		t.Fatalf("%q is %v and %d messages of %d in memory, and %v and %d of %d in a file", data, e, len(b.messages), len(b.verdicts), e2, len(again.messages), len(again.verdicts))
+	}
+	for i := range b.messages {
+		m, n := b.messages[i], again.messages[i]
+		if n.Body, err = io.ReadAll(src.reader(again.extents[i])); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(m.Body, n.Body) || m.ContentType != n.ContentType || m.Key != n.Key || !slices.Equal(m.Headers, n.Headers) {
+			t.Fatalf("message %d is %+v in memory and %+v in a file", i, m, n)
+		}
+	}
 }
 
 // checkBatch checks what holds of every accepted batch.
@@ -160,7 +195,9 @@ func FuzzBatchMultipart(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		var b batch
 		b.base.init()
-		if e := b.parseMultipart(data, "b"); e != nil {
+		e := b.parse(memory(data), "b")
+		checkSpooled(t, data, "b", &b, e)
+		if e != nil {
 			return
 		}
 		checkBatch(t, &b)

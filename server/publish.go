@@ -165,6 +165,12 @@ func (s *headerSetter) set(name, value string) {
 
 // published sets the headers that say where a publish is, and leaves room for more.
 func (x *exchange) published(reply raft.Reply, more int) headerSetter {
+	x.s.metrics.published(reply.Zones, int(reply.Published.Count))
+	return x.proof(reply, more)
+}
+
+// proof is published without counting it.
+func (x *exchange) proof(reply raft.Reply, more int) headerSetter {
 	out := headerSetter{h: x.w.Header(), values: make([]string, 0, 3+more)}
 	if x.s.worth != "" {
 		out.set(wire.HeaderDurability, x.s.worth)
@@ -173,7 +179,6 @@ func (x *exchange) published(reply raft.Reply, more int) headerSetter {
 		out.set(wire.HeaderPosition, strconv.FormatUint(reply.Published.Index, 10))
 		out.set(wire.HeaderTerm, strconv.FormatUint(reply.Term, 10))
 	}
-	x.s.metrics.published(reply.Zones, int(reply.Published.Count))
 	return out
 }
 

@@ -46,6 +46,9 @@ type Options struct {
 	Worth string
 	// Extensions add paths below /v1.
 	Extensions []Extension
+	// Spool is a directory for the bodies of batches that are not held in memory; without one there are none, and no message
+	// of a batch is stored in parts.
+	Spool string
 	// PublicHosts are host names, besides IP literals and localhost, that requests may be addressed to.
 	PublicHosts []string
 	// VirtualClock offers POST /v1/clock/advance.
@@ -160,12 +163,15 @@ type Server struct {
 	openAPI    func() (openAPI, error)
 	rates      rates
 	largeMax   int64 // bytes of a message in parts
-	tls        *tls.Config
-	virtual    bool
-	limits     Limits
-	load       load
-	metrics    *metrics
-	http       *http.Server
+	spool      string
+	// batchBodyMax bounds the messages of a batch, where they may be stored in parts.
+	batchBodyMax int64
+	tls          *tls.Config
+	virtual      bool
+	limits       Limits
+	load         load
+	metrics      *metrics
+	http         *http.Server
 
 	idPrefix string
 	idNext   atomic.Uint64
@@ -205,10 +211,14 @@ func New(o Options) (*Server, error) {
 		hosts:      map[string]bool{"localhost": true},
 		tls:        o.TLS,
 		largeMax:   limits.LargeMessageBytesMax,
+		spool:      o.Spool,
 		contact:    o.Contact,
 		worth:      o.Worth,
 		virtual:    o.VirtualClock,
 		limits:     o.Limits,
+	}
+	if s.spool != "" {
+		s.batchBodyMax = s.largeMax
 	}
 	var err error
 	if s.paths, err = ownPaths(); err != nil {

@@ -407,7 +407,7 @@ func (a *app) server(ctx context.Context, o *serverOptions) error {
 	defer pusher.Close()
 	srv, err := server.New(server.Options{
 		Extensions: []server.Extension{pusher.Extension(), nodecert.Extension(node), compat.UsersExtension(node, o.valkey.acl)},
-		Backend:    node, Version: version, Logger: log.Named("http"), Registerer: registry, Gatherer: registry,
+		Backend:    node, Spool: o.data, Version: version, Logger: log.Named("http"), Registerer: registry, Gatherer: registry,
 		PublicHosts: o.publicHosts, VirtualClock: o.virtualClock, Contact: server.NewNodeContact(node, o.contact.options()), Authorizer: secured.tokens, TLS: secured.tls,
 	})
 	if err != nil {

@@ -25,8 +25,10 @@ const (
 	ContentTypeBytesMax = 1 << 10
 	// BatchMessagesMax bounds the messages of one publish command.
 	BatchMessagesMax = 100
-	// BatchBytesMax bounds the body of one batch request, framing included.
+	// BatchBytesMax bounds the body of a batch that is held in memory and stored by one entry, framing included.
 	BatchBytesMax = 3 << 20
+	// LargeBatchBytesMax bounds the body of one batch request, framing included.
+	LargeBatchBytesMax = 100 << 20
 	// ReceiveMessagesMax bounds the messages of one receive.
 	ReceiveMessagesMax = 10
 	// IdempotencyKeyBytesMax bounds an idempotency key.

@@ -55,6 +55,27 @@ func NextFrame(data []byte) (head, body, rest []byte, err error) {
 	return frame[:headLen:headLen], frame[headLen:len(frame):len(frame)], rest, nil
 }
 
+// Head is where a frame's head stands.
+type Head struct{ From, Length int64 }
+
+// FrameHead reads the lengths that a frame begins with, out of the first bytes of data of size bytes: where its head stands
+// and how long the whole frame is.
+func FrameHead(prefix []byte, size int64) (head Head, frame int64, err error) {
+	length, rest, ok := cutUvarint(prefix)
+	first := int64(len(prefix) - len(rest))
+	if !ok || length > uint64(size-first) {
+		return Head{}, 0, ErrFrame
+	}
+	rest = rest[:min(uint64(len(rest)), length)]
+	before := len(rest)
+	headLen, rest, ok := cutUvarint(rest)
+	second := int64(before - len(rest))
+	if !ok || headLen > length-uint64(second) {
+		return Head{}, 0, ErrFrame
+	}
+	return Head{From: first + second, Length: int64(headLen)}, first + int64(length), nil
+}
+
 // cutUvarint reads a varint in its shortest form.
 func cutUvarint(data []byte) (v uint64, rest []byte, ok bool) {
 	v, n := binary.Uvarint(data)
