@@ -103,7 +103,7 @@ func TestUsersOverHTTP(t *testing.T) {
 	want("PUT", "/v1/acl/users/alice", `{"rules":["+nosuch"]}`, 400, "Unknown command or category name in ACL")
 	want("PUT", "/v1/acl/users/alice", `{"rules":["on +@all"]}`, 400, "blanks")
 	want("PUT", "/v1/acl/users/a%20b", `{"rules":["on"]}`, 400, "invalid_name")
-	want("PUT", "/v1/acl/users/alice", `{"rule":["on"]}`, 400, "rule")
+	want("PUT", "/v1/acl/users/alice", `{"rule":["on"]}`, 400, "invalid_body")
 	want("DELETE", "/v1/acl/users/default", "", 412, "default")
 	want("DELETE", "/v1/acl/users/alice", "", 204, "")
 	want("DELETE", "/v1/acl/users/alice", "", 404, "")
