@@ -52,7 +52,7 @@ type Options struct {
 
 // Limits bound what clients can make the server hold. The zero value of a field means its default.
 type Limits struct {
-	// Connections bounds open connections (default 10000).
+	// Connections bounds open connections (default 16384).
 	Connections int
 	// OutputBytes bounds the replies that a client has not taken (default 64 MiB).
 	OutputBytes int
@@ -89,7 +89,7 @@ func (l *Limits) setDefaults() {
 			*v = d
 		}
 	}
-	def(&l.Connections, 10000)
+	def(&l.Connections, 16384)
 	def(&l.OutputBytes, 64<<20)
 	if l.MemoryBytes <= 0 {
 		l.MemoryBytes = 256 << 20
