@@ -3,6 +3,7 @@ package e2e
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -23,6 +24,7 @@ func TestSDK(t *testing.T) {
 
 	t.Run("whole", func(t *testing.T) {
 		runNode(t, "queue.test.mjs", 45, "TERCET_NODES=leader="+leader.URL()+",follower="+followers[0].URL()+",follower="+followers[1].URL())
+		runNode(t, "large.test.mjs", 3, "TERCET_NODES=leader="+leader.URL()+",follower="+followers[0].URL()+",follower="+followers[1].URL())
 		c.EqualHashes()
 	})
 	t.Run("a zone away", func(t *testing.T) {
@@ -36,6 +38,19 @@ func TestSDK(t *testing.T) {
 	})
 }
 
+// TestSDKFailover: the leader is killed while unmodified clients, the newest and the oldest, send and receive.
+func TestSDKFailover(t *testing.T) {
+	t.Parallel()
+	installSDK(t)
+	c := harness.Start(t, harness.Options{Args: []string{"--virtual-clock"}})
+	followers, leader := c.Followers()
+	runNode(t, "failover.test.mjs", 1, fmt.Sprint("TERCET_VICTIM=", leader.Process().PID), "TERCET_NODES=leader="+leader.URL()+",follower="+followers[0].URL()+",follower="+followers[1].URL())
+	leader.Kill() // it is dead; the harness is to know
+	leader.Start()
+	c.WaitInSync(c.Zones()...)
+	c.EqualHashes()
+}
+
 // installSDK makes sure that the client is installed as the lock file says.
 func installSDK(t *testing.T) {
 	t.Helper()
@@ -47,7 +62,7 @@ func installSDK(t *testing.T) {
 	if _, err := filepath.Abs("sdk"); err != nil {
 		t.Fatal(err)
 	}
-	check := exec.Command("npm", "ls", "--omit=optional", "@vercel/queue@0.6.0")
+	check := exec.Command("npm", "ls", "--omit=optional", "@vercel/queue@0.6.0", "queue-oldest")
 	check.Dir = "sdk"
 	if check.Run() == nil {
 		return

@@ -1,5 +1,7 @@
 // What the tests share: where the cluster is, clients of it, and its clock.
-import { PollingQueueClient, BufferTransport, StreamTransport } from "@vercel/queue";
+import * as newest from "@vercel/queue";
+
+const { BufferTransport, StreamTransport } = newest;
 
 const roles = (process.env.TERCET_NODES ?? "").split(",").filter(Boolean);
 if (roles.length === 0) {
@@ -13,8 +15,11 @@ export const nodes = roles.map((entry) => {
 });
 
 // client makes an unmodified client of one node.
-export function client(node, options = {}) {
-  return new PollingQueueClient({
+export const client = (node, options) => clientOf(newest, node, options);
+
+// clientOf does so with another release of the package.
+export function clientOf(sdk, node, options = {}) {
+  return new sdk.PollingQueueClient({
     region: "iad1",
     resolveBaseUrl: () => new URL(node.url),
     token: "any",
