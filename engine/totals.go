@@ -1,15 +1,35 @@
 package engine
 
+// totalsTopics bounds the topics that are looked at in one go, while Apply waits.
+const totalsTopics = 256
+
 // Totals returns figures of all topics and groups together. It visits every group, and reads at most one block
-// header a topic, which is kept.
+// header a topic, which is kept. Apply is let in between so many topics: the figures are those of no one moment.
 func (e *Engine) Totals() Totals {
 	e.dbMu.RLock()
 	defer e.dbMu.RUnlock()
+	e.mu.RLock()
+	incs := sortedKeys(e.byInc)
+	out := Totals{Topics: len(e.topics), Uploads: len(e.uploads)}
+	e.mu.RUnlock()
+	for len(incs) > 0 {
+		n := min(len(incs), totalsTopics)
+		e.addTotals(&out, incs[:n])
+		incs = incs[n:]
+	}
+	return out
+}
+
+// addTotals adds the figures of some topics.
+func (e *Engine) addTotals(out *Totals, incs []uint64) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	now := e.stamp.Cluster
-	out := Totals{Topics: len(e.topics), Uploads: len(e.uploads)}
-	for _, t := range e.byInc {
+	for _, inc := range incs {
+		t := e.byInc[inc]
+		if t == nil {
+			continue // deleted meanwhile
+		}
 		out.Groups += len(t.groups)
 		out.Delayed += t.delayed
 		lowest := t.next
@@ -33,5 +53,4 @@ func (e *Engine) Totals() Totals {
 			out.OldestAt = at
 		}
 	}
-	return out
 }
