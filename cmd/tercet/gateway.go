@@ -356,6 +356,29 @@ func (p probed) text(w io.Writer) error {
 		}
 		return s
 	}
+	yes := func(b bool) string {
+		if b {
+			return "yes"
+		}
+		return "no"
+	}
+	role := func(s string) string {
+		switch s {
+		case "master":
+			return "primary"
+		case "slave":
+			return "replica"
+		}
+		return orUnknown(s)
+	}
+	file := yes(p.AppendOnly)
+	if p.AppendOnly {
+		file += ", synced " + orUnknown(p.Fsync)
+	}
+	worth := p.Durability
+	if len(p.Problems) > 0 {
+		worth += ", once nothing is missing"
+	}
 	rights := "every command that is needed is allowed"
 	if len(p.Refused) > 0 {
 		rights = "not allowed: " + strings.Join(p.Refused, ", ")
@@ -363,17 +386,17 @@ func (p probed) text(w io.Writer) error {
 	rows := [][]string{
 		{"upstream", p.Upstream},
 		{"server", p.Server + " " + p.Version},
-		{"mode", p.Mode + ", " + p.Role},
+		{"mode", p.Mode + ", " + role(p.Role)},
 		{"replicas connected", fmt.Sprint(p.Replicas)},
-		{"append-only file", fmt.Sprint(p.AppendOnly) + " (fsync: " + orUnknown(p.Fsync) + ")"},
+		{"append-only file", file},
 		{"eviction", orUnknown(p.MaxMemoryPolicy)},
-		{"TLS", fmt.Sprint(p.TLS)},
+		{"TLS", yes(p.TLS)},
 		{"user", orUnknown(p.User) + ", " + rights},
 		{"round trip", (time.Duration(p.LatencyMicros) * time.Microsecond).String()},
-		{"a publish is worth", p.Durability},
+		{"a publish is worth", worth},
 	}
 	for _, r := range p.Readers {
-		rows = append(rows, []string{"peeks are answered by", r.Addr + ", " + orUnknown(r.Role) + ", zone " + orUnknown(r.Zone)})
+		rows = append(rows, []string{"peeks are answered by", r.Addr + ", " + role(r.Role) + ", zone " + orUnknown(r.Zone)})
 	}
 	if err := table(w, rows); err != nil {
 		return err

@@ -208,10 +208,10 @@ func probe(ctx context.Context, c valkey.Client, t Target, w Worth) (Report, err
 		problem("version %s is older than 7.0: upgrade", r.Version)
 	}
 	if r.Mode == Single && r.Role != "master" {
-		problem("the node that answered is a %s: use the primary endpoint", r.Role)
+		problem("the node that answered is a replica: use the primary endpoint")
 	}
 	if w.Replicas > r.Replicas {
-		problem("%d replicas are connected and --wait-replicas is %d: add replicas, or wait for fewer", r.Replicas, w.Replicas)
+		problem("--wait-replicas is %d and the number of connected replicas %d: add replicas, or wait for fewer", w.Replicas, r.Replicas)
 	}
 	if w.Fsync {
 		switch {

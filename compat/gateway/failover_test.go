@@ -197,7 +197,11 @@ func TestTLSAndUsers(t *testing.T) {
 		t.Errorf("the password is shown: %s", s)
 	}
 	// Without the CA, and with another name than the certificate's, nothing is sent.
-	for _, bad := range []struct{ url, ca string }{{url, ""}, {strings.Replace(url, "localhost", "127.0.0.1", 1), ca}, {strings.Replace(url, "secret", "wrong", 1), ca}} {
+	for _, bad := range []struct{ url, ca, says string }{
+		{url, "", "certificate"}, {strings.Replace(url, "localhost", "127.0.0.1", 1), ca, "certificate"},
+		{strings.Replace(url, "secret", "wrong", 1), ca, "see that user and password"},
+		{strings.Replace(url, "rediss", "redis", 1), "", "write rediss://"}, {"redis://localhost:1", "", "see that address and port"},
+	} {
 		target, err := ParseTarget(bad.url, bad.ca)
 		if err != nil {
 			t.Fatal(err)
@@ -205,6 +209,8 @@ func TestTLSAndUsers(t *testing.T) {
 		if g, err := Open(t.Context(), Options{Target: target}); err == nil {
 			g.Close()
 			t.Errorf("connected to %s", bad.url)
+		} else if !strings.Contains(err.Error(), bad.says) {
+			t.Errorf("%s: %v, which does not say %q", bad.url, err, bad.says)
 		}
 	}
 }

@@ -219,9 +219,27 @@ func (t Target) dialOne() (valkey.Client, error) {
 	}
 	c, err := valkey.NewClient(o)
 	if err != nil {
-		return nil, fmt.Errorf("cannot connect to %s: %w", t, err)
+		return nil, fmt.Errorf("cannot connect to %s: %w%s", t, err, t.advice(err))
 	}
 	return c, nil
+}
+
+// advice is what usually helps against a failure to connect, empty for nothing in particular.
+func (t Target) advice(err error) string {
+	var dns *net.DNSError
+	switch {
+	case refusedLogin(err) && t.IAM != nil:
+		return "; see that the cache's name, the user and the region are right, that the role may elasticache:Connect to both cache and user, and that --iam-serverless is given for a serverless cache"
+	case refusedLogin(err):
+		return "; see that user and password of the address are right (a password alone is written redis://:PASSWORD@host)"
+	case errors.As(err, &dns):
+		return "; the names of caches are known inside their VPC only: connect from there, or share its DNS"
+	case neverSent(err):
+		return "; see that address and port are right, and that the cache's security group admits this machine"
+	case t.TLS == nil && broken(err):
+		return "; a server with encryption in transit closes plain connections: write rediss://"
+	}
+	return ""
 }
 
 // Upstream holds the client and replaces it when the primary has moved: the address is a name, and only a new

@@ -36,19 +36,43 @@ func startRedis(t *testing.T, args ...string) string {
 	return addr
 }
 
-// TestGatewaySDK runs the unmodified @vercel/queue client against a gateway process in front of a real redis-server,
-// and stops the gateway in good order.
+// TestGatewaySDK runs the unmodified @vercel/queue client, in its newest and its oldest version, against two gateway
+// processes in front of one real redis-server, and stops them in good order.
 func TestGatewaySDK(t *testing.T) {
 	installSDK(t)
 	upstream := startRedis(t)
-	addr := harness.FreeAddr(t)
-	cmd := exec.Command(harness.Binary(t), "gateway", "--upstream", upstream, "--http", addr)
-	cmd.Env = harness.Environment()
-	log, err := cmd.StderrPipe()
+	first, second := startGateway(t, upstream), startGateway(t, upstream)
+	urls := "TERCET_NODES=gateway=http://" + first.addr + ",gateway=http://" + second.addr
+	t.Run("versions", func(t *testing.T) {
+		for version, least := range map[string]int{"@vercel/queue": 15, "queue-oldest": 13} {
+			t.Run(version, func(t *testing.T) {
+				t.Parallel()
+				runNode(t, "gateway.test.mjs", least, urls, "TERCET_SDK="+version)
+			})
+		}
+	})
+	for _, g := range []*gatewayProcess{first, second} {
+		g.stop()
+	}
+}
+
+// gatewayProcess is a running `tercet gateway`.
+type gatewayProcess struct {
+	t    *testing.T
+	addr string
+	cmd  *exec.Cmd
+}
+
+func startGateway(t *testing.T, upstream string, args ...string) *gatewayProcess {
+	t.Helper()
+	g := &gatewayProcess{t: t, addr: harness.FreeAddr(t)}
+	g.cmd = exec.Command(harness.Binary(t), append([]string{"gateway", "--upstream", upstream, "--http", g.addr}, args...)...)
+	g.cmd.Env = harness.Environment()
+	log, err := g.cmd.StderrPipe()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := cmd.Start(); err != nil {
+	if err := g.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	lines := make(chan []string, 1)
@@ -59,15 +83,15 @@ func TestGatewaySDK(t *testing.T) {
 		}
 		lines <- all
 	}()
-	defer func() {
-		_ = cmd.Process.Kill()
+	t.Cleanup(func() {
+		_ = g.cmd.Process.Kill()
 		for _, line := range <-lines {
 			t.Log(line)
 		}
-		_ = cmd.Wait()
-	}()
-	harness.Until(t, 20*time.Second, "the gateway", func() error {
-		r, err := http.Get("http://" + addr + "/readyz")
+		_ = g.cmd.Wait()
+	})
+	harness.Until(t, 60*time.Second, "the gateway", func() error {
+		r, err := http.Get("http://" + g.addr + "/readyz")
 		if err != nil {
 			return err
 		}
@@ -78,18 +102,23 @@ func TestGatewaySDK(t *testing.T) {
 		return nil
 	})
 	http.DefaultClient.CloseIdleConnections()
-	runNode(t, "gateway.test.mjs", 9, "TERCET_NODES=gateway=http://"+addr)
-	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
-		t.Fatal(err)
+	return g
+}
+
+// stop ends the gateway as a service manager would.
+func (g *gatewayProcess) stop() {
+	g.t.Helper()
+	if err := g.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		g.t.Fatal(err)
 	}
 	exited := make(chan error, 1)
-	go func() { exited <- cmd.Wait() }()
+	go func() { exited <- g.cmd.Wait() }()
 	select {
 	case err := <-exited:
 		if err != nil {
-			t.Errorf("the gateway stops with %v", err)
+			g.t.Errorf("the gateway stops with %v", err)
 		}
-	case <-time.After(2 * time.Minute):
-		t.Error("the gateway does not stop")
+	case <-time.After(60 * time.Second):
+		g.t.Error("the gateway does not stop")
 	}
 }

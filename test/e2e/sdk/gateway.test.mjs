@@ -1,13 +1,31 @@
 // The unmodified @vercel/queue client against `tercet gateway` in front of a real redis-server.
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { MessageNotFoundError } from "@vercel/queue";
-import { binary, client, collect, gate, HandlerError, nodes } from "./cluster.mjs";
+import { clientOf, collect, gate, HandlerError, nodes } from "./cluster.mjs";
 
+// TERCET_SDK names the version of the client.
+const sdk = await import(process.env.TERCET_SDK ?? "@vercel/queue");
+const { MessageNotFoundError } = sdk;
+const client = (node, options) => clientOf(sdk, node, options);
+const binary = (node) => client(node, { transport: new sdk.BufferTransport() });
+const streaming = (node) => client(node, { transport: new sdk.StreamTransport() });
 const node = nodes[0];
+const other = nodes.at(-1); // another gateway on the same upstream
 const queue = client(node);
 let next = 0;
 const topic = () => `gateway-${process.pid}-${next++}`;
+
+// The client extends a lease of 30 s every 10 s. This handler outlives its lease; the last test looks at what became of it.
+const long = topic();
+await queue.send(long, "x");
+const inside = gate();
+const finish = gate();
+const began = Date.now();
+const outliving = queue.receive(long, "g", async () => {
+  inside.open();
+  await finish.opened;
+}, { visibilityTimeoutSeconds: 30 });
+await inside.opened;
 
 test("send, receive, acknowledge", async () => {
   const t = topic();
@@ -108,10 +126,65 @@ test("deployments", async () => {
   assert.deepEqual((await collect(queue, t, "g")).map((m) => m.payload), ["a"]);
 });
 
-test("batches", async () => {
+test("an idempotency key: stored once", async () => {
+  const t = topic();
+  for (const n of [node, other, node]) await client(n).send(t, { n: 1 }, { idempotencyKey: "same" });
+  await queue.send(t, { n: 2 }, { idempotencyKey: "another" });
+  const got = await collect(client(other), t, "g");
+  assert.deepEqual(got.map((m) => m.payload.n).sort(), [1, 2]);
+  await queue.send(t, { n: 1 }, { idempotencyKey: "same" });
+  assert.deepEqual(await collect(queue, t, "g"), [], "acknowledged is not gone: the key still holds");
+});
+
+test("two gateways, many clients: each message once", async () => {
+  const t = topic();
+  const count = 200;
+  await Promise.all(Array.from({ length: count }, (_, i) => client(i % 2 ? node : other).send(t, i)));
+  const got = (await Promise.all([node, other, node, other].map((n) => collect(client(n), t, "g")))).flat();
+  got.push(...(await collect(queue, t, "g")));
+  assert.deepEqual(got.map((m) => m.payload).sort((a, b) => a - b), Array.from({ length: count }, (_, i) => i));
+  assert.ok(got.every((m) => m.metadata.deliveryCount === 1));
+});
+
+// The oldest client has no batches, and cannot send streams from Node.js.
+const newest = Boolean(queue.experimental_sendBatch);
+if (newest) test("a stream of bytes", async () => {
+  const t = topic();
+  const parts = ["one ", "two ", "three"];
+  await streaming(node).send(t, new ReadableStream({
+    start(controller) {
+      for (const p of parts) controller.enqueue(new TextEncoder().encode(p));
+      controller.close();
+    },
+  }));
+  let text;
+  await streaming(other).receive(t, "g", async (stream) => void (text = await new Response(stream).text()));
+  assert.equal(text, parts.join(""));
+});
+
+test("a retry acknowledged instead", async () => {
+  const t = topic();
+  await queue.send(t, "x");
+  await queue.receive(t, "g", async () => { throw new HandlerError("no"); }, { retry: () => ({ acknowledge: true }) }).catch(() => {});
+  assert.deepEqual(await collect(client(other), t, "g"), []);
+});
+
+test("an empty topic", async () => {
+  assert.deepEqual(await queue.receive(topic(), "g", assert.fail), { ok: false, reason: "empty" });
+});
+
+if (newest) test("batches", async () => {
   const t = topic();
   const results = await queue.experimental_sendBatch(t, Array.from({ length: 100 }, (_, i) => ({ payload: { i }, idempotencyKey: `k${i}` })));
   assert.equal(results.length ?? results.results.length, 100);
   const got = await collect(queue, t, "g");
   assert.equal(got.length, 100);
+});
+
+test("long handlers: their leases are extended behind their backs", async () => {
+  await new Promise((resolve) => setTimeout(resolve, Math.max(0, 33_000 - (Date.now() - began))));
+  assert.deepEqual(await client(other).receive(long, "g", assert.fail), { ok: false, reason: "empty" });
+  finish.open();
+  assert.deepEqual(await outliving, { ok: true });
+  assert.deepEqual(await queue.receive(long, "g", assert.fail), { ok: false, reason: "empty" });
 });
