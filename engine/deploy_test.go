@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"tercet.dev/tercet/internal/errs"
 )
 
 // deployed returns n messages of a deployment.
@@ -89,4 +91,30 @@ func TestDeploymentAcknowledged(t *testing.T) {
 	if r := l.apply(&Receive{Topic: "t", Group: "g", Max: 10, Visibility: time.Hour})[0]; len(r.Deliveries) != 0 {
 		t.Errorf("without a deployment it came again: %+v", r.Deliveries)
 	}
+}
+
+// TestDeploymentDeleted: XDELEX and XACKDEL with ACKED ask the cursor of a message's deployment too, and answer the same
+// whether what was spent has been folded or not, as on a node that crashed in between.
+func TestDeploymentDeleted(t *testing.T) {
+	l := openTest(t, Options{})
+	defer l.close()
+	l.apply(&Publish{Topic: "t", Messages: deployed("x", 3)},
+		&GroupSet{Topic: "t", Group: "g", Create: true, Settings: &GroupSettings{MaxDeliveries: 1}})
+	ds := l.apply(&Receive{Topic: "t", Group: "g", Max: 2, Visibility: time.Minute, Deployment: "x"})[0].Deliveries
+	if len(ds) != 2 {
+		t.Fatalf("%+v", ds)
+	}
+	ask := func(i int, want int8) {
+		t.Helper()
+		r := l.apply(&StreamDelete{Key: "t", IDs: []StreamID{ds[i].Stream}, Refs: Acked, Each: true})[0]
+		if r.Code != errs.OK || len(r.Stream.Statuses) != 1 || r.Stream.Statuses[0] != want {
+			t.Errorf("message %d: %v, %+v, want status %d", i, r.Code, r.Stream, want)
+		}
+	}
+	ask(0, StatusKept)
+	l.apply(&Settle{Topic: "t", Group: "g", Op: Acknowledge, Deployment: "x", Receipts: []Receipt{ds[0].Receipt}})
+	ask(0, StatusDeleted)
+	l.pass(2 * time.Minute) // the other one is spent
+	l.apply(&Receive{Topic: "t", Group: "g", Max: 1, Visibility: time.Minute, Deployment: "x"})
+	ask(1, StatusDeleted)
 }

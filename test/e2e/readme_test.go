@@ -71,7 +71,7 @@ func TestReadme(t *testing.T) {
 	}
 	shell := exec.CommandContext(t.Context(), "bash", "-euo", "pipefail", "-x", "-c", script)
 	shell.Dir = dir
-	shell.Env = append(harness.Environment(), "TERCET_SERVER="+doc.Nodes[0].HTTP+","+doc.Nodes[1].HTTP+","+doc.Nodes[2].HTTP)
+	shell.Env = append(harness.Environment(), "TERCET_TIMEOUT=5m", "TERCET_SERVER="+doc.Nodes[0].HTTP+","+doc.Nodes[1].HTTP+","+doc.Nodes[2].HTTP)
 	shell.WaitDelay = time.Second
 	var out, errs bytes.Buffer
 	shell.Stdout, shell.Stderr = &out, &errs
