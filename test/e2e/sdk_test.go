@@ -23,8 +23,8 @@ func TestSDK(t *testing.T) {
 	followers, leader := c.Followers()
 
 	t.Run("whole", func(t *testing.T) {
-		runNode(t, "queue.test.mjs", 45, "TERCET_NODES=leader="+leader.URL()+",follower="+followers[0].URL()+",follower="+followers[1].URL())
-		runNode(t, "large.test.mjs", 3, "TERCET_NODES=leader="+leader.URL()+",follower="+followers[0].URL()+",follower="+followers[1].URL())
+		runNode(t, "queue.test.mjs", 57, "TERCET_NODES=leader="+leader.URL()+",follower="+followers[0].URL()+",follower="+followers[1].URL())
+		runNode(t, "large.test.mjs", 2, "TERCET_NODES=leader="+leader.URL()+",follower="+followers[0].URL()+",follower="+followers[1].URL())
 		c.EqualHashes()
 	})
 	t.Run("a zone away", func(t *testing.T) {
