@@ -473,7 +473,7 @@ func (e *Engine) cloneState() state {
 
 // addChunk puts a loaded chunk into the set.
 func (g *group) addChunk(key uint64, c *chunk) error {
-	g.chunks[key] = c
+	c.key, g.chunks[key] = key, c
 	g.newChunk(key)
 	g.live += c.live
 	for i := range c.slots {

@@ -3,6 +3,7 @@ package engine
 import (
 	"math"
 	"slices"
+	"sync/atomic"
 	"time"
 )
 
@@ -94,6 +95,7 @@ const (
 // chunk holds the unsettled messages of 4096 consecutive offsets: slots sorted by offset, freed ones among
 // them until there are too many.
 type chunk struct {
+	key    uint64 // its offsets over 4096
 	slots  []lease
 	live   int
 	who    uint64 // a bit for the number modulo 64 of each consumer that may have entries here
@@ -186,11 +188,10 @@ type group struct {
 	epoch                         uint64
 	delivered, redelivered, acked uint64
 	chunks                        map[uint64]*chunk
-	lastChunk                     *chunk
-	lastKey                       uint64
-	live                          int // entries of the set
-	ahead                         int // those of them that no cursor has passed
-	inflight                      int // leased and not noted as over
+	lastChunk                     atomic.Pointer[chunk] // a cache that queries, of which several run at once, fill as well
+	live                          int                   // entries of the set
+	ahead                         int                   // those of them that no cursor has passed
+	inflight                      int                   // leased and not noted as over
 	pending, ready, expiring      timers
 	gone                          []uint64 // stored rows of chunks that no longer exist
 	dirty                         bool
@@ -225,12 +226,12 @@ func newGroup(t *topic, name string, inc uint64) *group {
 }
 
 func (g *group) chunk(key uint64) *chunk {
-	if g.lastChunk != nil && g.lastKey == key {
-		return g.lastChunk
+	if c := g.lastChunk.Load(); c != nil && c.key == key {
+		return c
 	}
 	c := g.chunks[key]
 	if c != nil {
-		g.lastChunk, g.lastKey = c, key
+		g.lastChunk.Store(c)
 	}
 	return c
 }
@@ -277,10 +278,10 @@ func (g *group) insert(off, dep uint64) *lease {
 	key, low := off>>chunkShift, uint16(off&chunkMask)
 	c := g.chunk(key)
 	if c == nil {
-		c = &chunk{slots: g.pool.take()}
+		c = &chunk{key: key, slots: g.pool.take()}
 		g.chunks[key] = c
 		g.newChunk(key)
-		g.lastChunk, g.lastKey = c, key
+		g.lastChunk.Store(c)
 	}
 	i, ok := c.at(low)
 	if !ok {
@@ -331,7 +332,7 @@ func (g *group) remove(off uint64, l *lease) {
 		}
 		delete(g.chunks, key)
 		g.dropChunk(key)
-		g.lastChunk = nil
+		g.lastChunk.Store(nil)
 		g.pool.give(c.slots)
 		return
 	}
