@@ -116,7 +116,7 @@ func (s *streamCommands) draw() Command {
 	case 33:
 		return &KeyExpire{Key: key, By: Deadline{Set: rng.IntN(4) > 0, Ms: int64(1 + rng.IntN(60_000))}, When: When(rng.IntN(5))}
 	case 34:
-		if rng.IntN(12) == 0 {
+		if rng.IntN(5) == 0 {
 			return &Flush{}
 		}
 		return &KeyDelete{Keys: []string{key, "string"}}

@@ -61,6 +61,8 @@ type Bridge struct {
 	place  string // key of the record beside the copy
 	record        // as it was last written, or as the copy was found
 	writer writer
+	// interrupted is the record of the last transaction whose outcome was not awaited.
+	interrupted record
 
 	started  time.Time
 	ours     int64 // copied in this run
@@ -265,6 +267,11 @@ func (b *Bridge) Run(ctx context.Context, follow bool) error {
 	b.started, b.ours = time.Now(), 0
 	for {
 		err := b.run(ctx, follow)
+		if errors.Is(err, errOurs) {
+			// An earlier Run ended in the middle of it.
+			b.record = b.interrupted
+			continue
+		}
 		if !errors.Is(err, errBehind) {
 			return err
 		}

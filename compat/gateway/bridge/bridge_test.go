@@ -327,6 +327,8 @@ type cutting struct {
 	execs  atomic.Int64
 	cuts   atomic.Int64
 	group  sync.WaitGroup
+	// cut is called when an answer was lost.
+	cut func()
 }
 
 func (c *cutting) serve(front net.Conn) {
@@ -342,7 +344,11 @@ func (c *cutting) serve(front net.Conn) {
 		buf := make([]byte, 64<<10)
 		for {
 			n, err := back.Read(buf)
-			if err != nil || cut.Load() && bytes.Contains(buf[:n], []byte("*")) {
+			if err != nil {
+				return
+			}
+			if cut.Load() && bytes.Contains(buf[:n], []byte("*")) {
+				c.cut()
 				return
 			}
 			if _, err := front.Write(buf[:n]); err != nil {
@@ -366,15 +372,13 @@ func (c *cutting) serve(front net.Conn) {
 	}
 }
 
-// TestLostAnswers loses the answers of transactions that happened: the record tells, and nothing is copied twice.
-func TestLostAnswers(t *testing.T) {
-	from, to := redistest.Start(t), redistest.Start(t)
-	fill(t, from.Client(), "orders", 0, 3000)
+// startCutting puts a cutting before a server.
+func startCutting(t *testing.T, server *redistest.Server, cut func()) (*cutting, gateway.Target) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &cutting{l: l, behind: to.Addr()}
+	c := &cutting{l: l, behind: server.Addr(), cut: cut}
 	c.group.Go(func() {
 		for {
 			front, err := l.Accept()
@@ -384,9 +388,20 @@ func TestLostAnswers(t *testing.T) {
 			c.group.Go(func() { c.serve(front) })
 		}
 	})
-	b, err := Open(t.Context(), Options{
-		From: target(from), To: gateway.Target{Addr: l.Addr().String(), Mode: gateway.Single}, Stream: "orders", BatchEntries: 300,
-	})
+	return c, gateway.Target{Addr: l.Addr().String(), Mode: gateway.Single}
+}
+
+func (c *cutting) stop() {
+	c.l.Close()
+	c.group.Wait()
+}
+
+// TestLostAnswers loses the answers of transactions that happened: the record tells, and nothing is copied twice.
+func TestLostAnswers(t *testing.T) {
+	from, to := redistest.Start(t), redistest.Start(t)
+	fill(t, from.Client(), "orders", 0, 3000)
+	c, front := startCutting(t, to, func() {})
+	b, err := Open(t.Context(), Options{From: target(from), To: front, Stream: "orders", BatchEntries: 300})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -398,10 +413,44 @@ func TestLostAnswers(t *testing.T) {
 		t.Errorf("%d entries are recorded", b.Copied)
 	}
 	b.Close()
-	l.Close()
-	c.group.Wait()
+	c.stop()
 	if err != nil || c.cuts.Load() == 0 {
 		t.Fatalf("%v; %d answers were lost", err, c.cuts.Load())
 	}
 	t.Logf("%d of %d answers were lost", c.cuts.Load(), c.execs.Load())
+}
+
+// TestInterrupted ends a run in the middle of a transaction that happens, as a migration that is told to finish does. The
+// next run goes on behind it: it is not taken for another bridge's.
+func TestInterrupted(t *testing.T) {
+	from, to := redistest.Start(t), redistest.Start(t)
+	fill(t, from.Client(), "orders", 0, 3000)
+	var stop atomic.Pointer[context.CancelFunc]
+	c, front := startCutting(t, to, func() { (*stop.Load())() })
+	b, err := Open(t.Context(), Options{From: target(from), To: front, Stream: "orders", BatchEntries: 300})
+	if err != nil {
+		t.Fatal(err)
+	}
+	interrupted := 0
+	for {
+		ctx, cancel := context.WithCancel(t.Context())
+		stop.Store(&cancel)
+		err = b.Run(ctx, false)
+		cancel()
+		if !errors.Is(err, context.Canceled) {
+			break
+		}
+		interrupted++
+	}
+	if err == nil {
+		equal(t, b, 3000)
+	}
+	if b.Copied != 3000 {
+		t.Errorf("%d entries are recorded", b.Copied)
+	}
+	b.Close()
+	c.stop()
+	if err != nil || interrupted == 0 {
+		t.Fatalf("%v; %d runs were interrupted", err, interrupted)
+	}
 }

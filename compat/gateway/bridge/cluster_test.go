@@ -20,6 +20,7 @@ import (
 
 	"tercet.dev/tercet/compat/gateway"
 	"tercet.dev/tercet/compat/internal/redistest"
+	"tercet.dev/tercet/internal/limits"
 	"tercet.dev/tercet/test/harness"
 )
 
@@ -572,7 +573,7 @@ func TestTooLarge(t *testing.T) {
 	server := redistest.Start(t)
 	c := server.Client()
 	fill(t, c, "orders", 0, 50)
-	if err := c.Do(t.Context(), c.B().Xadd().Key("orders").Id("*").FieldValue().FieldValue("large", strings.Repeat("x", 2<<20)).Build()).Error(); err != nil {
+	if err := c.Do(t.Context(), c.B().Xadd().Key("orders").Id("*").FieldValue().FieldValue("large", strings.Repeat("x", limits.FieldsBytesMax)).Build()).Error(); err != nil {
 		t.Fatal(err)
 	}
 	fill(t, c, "orders", 50, 50)

@@ -64,6 +64,8 @@ var (
 	errElsewhere = errors.New("another bridge writes to the same copy: stop one of them")
 	// errBehind says that the receiving side has lost what this bridge had stored.
 	errBehind = errors.New("the receiving side lost the end of the copy")
+	// errOurs says that a transaction happened which this bridge did not wait for.
+	errOurs = errors.New("a transaction that was interrupted did happen")
 	// errRaced says that the record changed between the look at it and the transaction.
 	errRaced = errors.New("the record changed under the transaction")
 )
@@ -108,11 +110,13 @@ func (b *Bridge) transact(ctx context.Context, next record, build func(valkey.Cl
 			return err
 		})
 	})
-	if err == nil {
-		next.was = text
-		b.record = next
+	next.was = text
+	if err != nil {
+		b.interrupted = next // it may happen yet
+		return nil, err
 	}
-	return answers, err
+	b.record = next
+	return answers, nil
 }
 
 func (b *Bridge) attempt(ctx context.Context, client valkey.Client, text string, build func(valkey.Client) []valkey.Completed) ([]valkey.ValkeyMessage, error) {
@@ -177,8 +181,11 @@ func (b *Bridge) attempt(ctx context.Context, client valkey.Client, text string,
 
 // judge says what it means that the record is not what this bridge wrote.
 func (b *Bridge) judge(at string) error {
-	if at == "" {
+	switch at {
+	case "":
 		return fatal{errBehind}
+	case b.interrupted.was:
+		return fatal{errOurs}
 	}
 	rec, err := parseRecord(at)
 	switch {
