@@ -84,52 +84,33 @@ func (e *Engine) applyTopicSet(r *reader, res *Result) {
 	}
 }
 
+// replace sets a setting if only names it.
+func replace[T any](only, which SettingMask, setting *T, value T) {
+	if only&which != 0 {
+		*setting = value
+	}
+}
+
 // over returns old with the settings that only names taken from s.
 func (s *TopicSettings) over(old TopicSettings, only SettingMask) *TopicSettings {
-	if only&OnlyPaused != 0 {
-		old.Paused = s.Paused
-	}
-	if only&OnlyRetentionDefault != 0 {
-		old.RetentionDefault = s.RetentionDefault
-	}
-	if only&OnlyRetentionMax != 0 {
-		old.RetentionMax = s.RetentionMax
-	}
-	if only&OnlyMessageBytesMax != 0 {
-		old.MessageBytesMax = s.MessageBytesMax
-	}
-	if only&OnlyDepthMax != 0 {
-		old.DepthMax = s.DepthMax
-	}
-	if only&OnlyDropAcknowledged != 0 {
-		old.DropAcknowledged = s.DropAcknowledged
-	}
+	replace(only, OnlyPaused, &old.Paused, s.Paused)
+	replace(only, OnlyRetentionDefault, &old.RetentionDefault, s.RetentionDefault)
+	replace(only, OnlyRetentionMax, &old.RetentionMax, s.RetentionMax)
+	replace(only, OnlyMessageBytesMax, &old.MessageBytesMax, s.MessageBytesMax)
+	replace(only, OnlyDepthMax, &old.DepthMax, s.DepthMax)
+	replace(only, OnlyDropAcknowledged, &old.DropAcknowledged, s.DropAcknowledged)
 	return &old
 }
 
 // over returns old with the settings that only names taken from s.
 func (s *GroupSettings) over(old GroupSettings, only SettingMask) *GroupSettings {
-	if only&OnlyPaused != 0 {
-		old.Paused = s.Paused
-	}
-	if only&OnlyMaxDeliveries != 0 {
-		old.MaxDeliveries = s.MaxDeliveries
-	}
-	if only&OnlyPark != 0 {
-		old.Park = s.Park
-	}
-	if only&OnlyParkedRetention != 0 {
-		old.ParkedRetention = s.ParkedRetention
-	}
-	if only&OnlyInitialDelay != 0 {
-		old.InitialDelay = s.InitialDelay
-	}
-	if only&OnlyMaxConcurrency != 0 {
-		old.MaxConcurrency = s.MaxConcurrency
-	}
-	if only&OnlyVisibility != 0 {
-		old.Visibility = s.Visibility
-	}
+	replace(only, OnlyPaused, &old.Paused, s.Paused)
+	replace(only, OnlyMaxDeliveries, &old.MaxDeliveries, s.MaxDeliveries)
+	replace(only, OnlyPark, &old.Park, s.Park)
+	replace(only, OnlyParkedRetention, &old.ParkedRetention, s.ParkedRetention)
+	replace(only, OnlyInitialDelay, &old.InitialDelay, s.InitialDelay)
+	replace(only, OnlyMaxConcurrency, &old.MaxConcurrency, s.MaxConcurrency)
+	replace(only, OnlyVisibility, &old.Visibility, s.Visibility)
 	return &old
 }
 

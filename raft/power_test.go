@@ -92,6 +92,21 @@ func (m *machines) powerLoss(c *cluster, names ...string) {
 	}
 }
 
+// losePower takes the power from one, two or all founders, so many times, and has load do something before each.
+func (m *machines) losePower(c *cluster, rnd *rand.Rand, times int, load func()) {
+	for i := range times {
+		load()
+		names := slices.Clone(founders)
+		rnd.Shuffle(3, func(i, j int) { names[i], names[j] = names[j], names[i] })
+		names = names[:1+rnd.IntN(3)]
+		c.t.Logf("loss %d: %v", i, names)
+		m.powerLoss(c, names...)
+		c.start(names...)
+		c.leader()
+	}
+	c.inSync(3)
+}
+
 // Power losses of one, two and all three nodes under load: nothing acknowledged is lost, nothing that was
 // acknowledged by a consumer comes back, and all states agree.
 func TestPowerLosses(t *testing.T) {
@@ -110,18 +125,9 @@ func TestPowerLosses(t *testing.T) {
 	any := func() *Node { return c.node(founders[turn.Add(1)%3]) }
 	l := startLoad(t, 6, any)
 	consumed := startConsumers(t, 3, any)
-	for i := range losses {
-		l.more(c, 60)
-		names := slices.Clone(founders)
-		rnd.Shuffle(3, func(i, j int) { names[i], names[j] = names[j], names[i] })
-		names = names[:1+rnd.IntN(3)]
-		t.Logf("loss %d: %v", i, names)
-		m.powerLoss(c, names...)
-		c.start(names...)
-		c.leader()
-	}
-	c.inSync(3)
-	l.more(c, 60)
+	load := func() { l.more(c, 60) }
+	m.losePower(c, rnd, losses, load)
+	load()
 	l.stop()
 	consumed.stop()
 	c.agree()

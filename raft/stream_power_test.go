@@ -3,7 +3,6 @@ package raft
 import (
 	"fmt"
 	"math/rand/v2"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -191,18 +190,10 @@ func TestPowerLossesWithStreams(t *testing.T) {
 	var turn atomic.Int64
 	any := func() *Node { return c.node(founders[turn.Add(1)%3]) }
 	l, consumed, streams := startLoad(t, 3, any), startConsumers(t, 2, any), startStreams(t, 3, any)
-	for i := range losses {
+	m.losePower(c, rnd, losses, func() {
 		l.more(c, 20)
 		streams.more(c, 40)
-		names := slices.Clone(founders)
-		rnd.Shuffle(3, func(i, j int) { names[i], names[j] = names[j], names[i] })
-		names = names[:1+rnd.IntN(3)]
-		t.Logf("loss %d: %v", i, names)
-		m.powerLoss(c, names...)
-		c.start(names...)
-		c.leader()
-	}
-	c.inSync(3)
+	})
 	streams.more(c, 40)
 	l.stop()
 	consumed.stop()
