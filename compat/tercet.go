@@ -90,7 +90,11 @@ func (c *conn) parseSettings(a [][]byte, known []setting, g *engine.GroupSetting
 				s = &known[k]
 			}
 		}
-		if s == nil || i+1 == len(a) {
+		if s == nil {
+			c.w.Error("ERR unknown setting '" + clip(a[i], 128) + "'. Try TERCET HELP.")
+			return 0, false
+		}
+		if i+1 == len(a) {
 			c.w.Error(errSyntax)
 			return 0, false
 		}

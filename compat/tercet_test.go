@@ -75,7 +75,7 @@ func TestTercetSettings(t *testing.T) {
 		{"TERCET GETGROUP k g", "*14|$7|pending|:1|$13|maxdeliveries|:2|$4|park|$3|yes|$15|parkedretention|:3600|$12|initialdelay|:0|$6|paused|$2|no|$6|parked|:0"},
 		{"TERCET SETGROUP k g PENDING", "-ERR wrong number of arguments for 'tercet|setgroup' command"},
 		{"TERCET SETGROUP k g PARK yes PENDING", "-ERR syntax error"},
-		{"TERCET SETGROUP k g COLOUR 1", "-ERR syntax error"},
+		{"TERCET SETGROUP k g COLOUR 1", "-ERR unknown setting 'COLOUR'. Try TERCET HELP."},
 		{"TERCET SETGROUP k g PENDING 3601", "-ERR the value of 'pending' must be a whole number from 0 to 3600"},
 		{"TERCET SETGROUP k g PENDING -1", "-ERR the value of 'pending' must be a whole number from 0 to 3600"},
 		{"TERCET SETGROUP k g PARK 1", "-ERR the value of 'park' must be YES or NO"},

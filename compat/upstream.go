@@ -71,6 +71,7 @@ const (
 	sideLog side = iota
 	sideUpstream
 	sideBoth // its keys lie on both sides
+	sideNone // the log does not know it, and a key is the log's
 )
 
 // passThrough takes a command that is the upstream's, and reports whether it did. spec is nil for a name that the log does
@@ -129,7 +130,7 @@ func (c *conn) passThrough(spec *command.Spec, args [][]byte) bool {
 	}
 	known, isKnown := lookUp(table, name, args)
 	where := c.sideOf(spec, name, args, known, isKnown)
-	if where != sideBoth && (c.upWatch != nil && where == sideLog || len(c.watches) > 0 && where == sideUpstream) &&
+	if (where == sideLog || where == sideUpstream) && (c.upWatch != nil && where == sideLog || len(c.watches) > 0 && where == sideUpstream) &&
 		(name == "watch" || c.upMulti == multiOpen) {
 		where = sideBoth
 	}
@@ -151,6 +152,10 @@ func (c *conn) passThrough(spec *command.Spec, args [][]byte) bool {
 		}
 		c.refuseInMulti("ERR " + what + " are on both sides: those that match " + strings.Join(c.s.opts.UpstreamKeep, " ") +
 			" are in the log, others on the upstream; use one command for each side")
+		return true
+	case sideNone:
+		c.refuseInMulti("ERR '" + name + "' runs on the upstream only, and keys that match " + strings.Join(c.s.opts.UpstreamKeep, " ") +
+			" are in the log: use keys that match none of these")
 		return true
 	}
 	if c.upMulti == multiLog {
@@ -351,8 +356,10 @@ func (c *conn) sideOf(spec *command.Spec, name string, args [][]byte, known Upst
 		return sideUpstream
 	case logs == 0:
 		return sideUpstream
-	case logs < len(c.keyUses), spec == nil:
-		return sideBoth // a command that the log does not know cannot be about its keys
+	case spec == nil:
+		return sideNone
+	case logs < len(c.keyUses):
+		return sideBoth
 	}
 	return sideLog
 }

@@ -62,9 +62,11 @@ func TestPassThrough(t *testing.T) {
 	c.want("DBSIZE", ":6")
 	spans := "-ERR the keys of this command are on both sides: those that match order* are in the log, others on the upstream; use one command for each side"
 	c.want("DEL k orders", spans)
-	c.want("MSET a 1 orders 2", spans)
-	c.want("LPUSH orders 1", spans)
-	c.want("EVAL return(1) 1 orders", spans)
+	only := " runs on the upstream only, and keys that match order* are in the log: use keys that match none of these"
+	c.want("LPUSH orders 1", "-ERR 'lpush'"+only)
+	c.want("MSET a 1 orders 2", "-ERR 'mset'"+only)
+	c.want("EVAL return(1) 1 orders", "-ERR 'eval'"+only)
+	c.want("EVAL return(1) 2 k orders", "-ERR 'eval'"+only)
 	if got := r.Do("EXISTS", "orders"); got != "0" {
 		t.Errorf("the log's stream is on the upstream")
 	}
