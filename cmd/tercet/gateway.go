@@ -396,7 +396,11 @@ func (p probed) text(w io.Writer) error {
 		{"a publish is worth", worth},
 	}
 	for _, r := range p.Readers {
-		rows = append(rows, []string{"peeks are answered by", r.Addr + ", " + role(r.Role) + ", zone " + orUnknown(r.Zone)})
+		what := "does not answer"
+		if r.Role != "" {
+			what = role(r.Role) + ", zone " + orUnknown(r.Zone)
+		}
+		rows = append(rows, []string{"peeks are answered by", r.Addr + ", " + what})
 	}
 	if err := table(w, rows); err != nil {
 		return err

@@ -152,7 +152,7 @@ func probe(ctx context.Context, c valkey.Client, t Target, w Worth) (Report, err
 	r := Report{Mode: Single, TLS: t.TLS != nil, Level: w.Level()}
 	info, err := c.Do(ctx, c.B().Info().Build()).ToString()
 	if err != nil {
-		return r, fmt.Errorf("the upstream refuses INFO: %w", err)
+		return r, refusedOutright("INFO", err, w)
 	}
 	fields := parseInfo(info)
 	r.Server, r.Version = "redis", fields["redis_version"]
@@ -175,7 +175,7 @@ func probe(ctx context.Context, c valkey.Client, t Target, w Worth) (Report, err
 	for range 9 {
 		start := time.Now()
 		if err := c.Do(ctx, c.B().Ping().Build()).Error(); err != nil {
-			return r, err
+			return r, refusedOutright("PING", err, w)
 		}
 		best = append(best, time.Since(start))
 	}
@@ -183,7 +183,7 @@ func probe(ctx context.Context, c valkey.Client, t Target, w Worth) (Report, err
 	start := time.Now()
 	clock, err := c.Do(ctx, c.B().Time().Build()).AsStrSlice()
 	if err != nil || len(clock) != 2 {
-		return r, fmt.Errorf("the upstream refuses TIME: %w", err)
+		return r, refusedOutright("TIME", err, w)
 	}
 	seconds, _ := strconv.ParseInt(clock[0], 10, 64)
 	micros, _ := strconv.ParseInt(clock[1], 10, 64)
@@ -197,8 +197,7 @@ func probe(ctx context.Context, c valkey.Client, t Target, w Worth) (Report, err
 	problem := func(format string, args ...any) { r.Problems = append(r.Problems, fmt.Sprintf(format, args...)) }
 	remark := func(format string, args ...any) { r.Remarks = append(r.Remarks, fmt.Sprintf(format, args...)) }
 	if len(r.Refused) > 0 {
-		problem("the user may not call %s: add them to its access string, or +@stream +@sortedset +@hash +@string +@scripting +@connection +info +time +wait +waitaof",
-			strings.Join(r.Refused, ", "))
+		problem("the user may not call %s: add them to its access string, or %s", strings.Join(r.Refused, ", "), rightsFor(w))
 	}
 	if keys {
 		problem("the user may not touch keys named %s*: add ~tercet:gateway:*, and for each topic T ~T and ~{T}:tercet:*, to its access string", probePrefix)
@@ -245,6 +244,24 @@ func probe(ctx context.Context, c valkey.Client, t Target, w Worth) (Report, err
 		remark("WAIT counts copies in memory: they survive the primary, not a failure of all at once")
 	}
 	return r, nil
+}
+
+// rightsFor is what the access string of the gateway's user has to have. A server that does not know WAITAOF refuses a
+// string that names it.
+func rightsFor(w Worth) string {
+	s := "+@stream +@sortedset +@hash +@string +@scripting +@connection +info +time +wait"
+	if w.Fsync {
+		s += " +waitaof"
+	}
+	return s
+}
+
+// refusedOutright is the error of a command without which nothing can be said about an upstream.
+func refusedOutright(command string, err error, w Worth) error {
+	if err != nil && strings.HasPrefix(err.Error(), "NOPERM") {
+		return fmt.Errorf("the user may not call %s (%w): add to its access string %s", command, err, rightsFor(w))
+	}
+	return fmt.Errorf("the upstream does not answer %s: %w", command, err)
 }
 
 // probePrefix begins the keys that are the gateway's own, and the one that is asked about and never exists.

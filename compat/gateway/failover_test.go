@@ -198,7 +198,7 @@ func TestTLSAndUsers(t *testing.T) {
 	}
 	// Without the CA, and with another name than the certificate's, nothing is sent.
 	for _, bad := range []struct{ url, ca, says string }{
-		{url, "", "certificate"}, {strings.Replace(url, "localhost", "127.0.0.1", 1), ca, "certificate"},
+		{url, "", "with --upstream-ca"}, {strings.Replace(url, "localhost", "127.0.0.1", 1), ca, "use the endpoint's name"},
 		{strings.Replace(url, "secret", "wrong", 1), ca, "see that user and password"},
 		{strings.Replace(url, "rediss", "redis", 1), "", "write rediss://"}, {"redis://localhost:1", "", "see that address and port"},
 	} {
@@ -263,7 +263,7 @@ func certificates(t *testing.T) (ca, cert, key string) {
 // TestRights looks at a server as users who lack something: the report names it, and how to get it.
 func TestRights(t *testing.T) {
 	r := redistest.Start(t, "--user", "whole", "on", ">secret", "~*", "&*", "+@all", "--user", "reader", "on", ">secret", "~*", "+@read", "+@connection", "+info", "+time",
-		"--user", "narrow", "on", ">secret", "~orders", "&*", "+@all")
+		"--user", "narrow", "on", ">secret", "~orders", "&*", "+@all", "--user", "mute", "on", ">secret", "~*", "+@stream", "+ping")
 	probe := func(user string) Report {
 		t.Helper()
 		report, err := Probe(t.Context(), Target{Addr: r.Addr(), Mode: Single, Username: user, Password: "secret"}, Worth{}, Reading{})
@@ -274,6 +274,16 @@ func TestRights(t *testing.T) {
 	}
 	if got := probe("whole"); len(got.Refused) > 0 || len(got.Problems) > 0 || got.User != "whole" {
 		t.Errorf("a user who may do everything: %+v", got)
+	}
+	// Without INFO nothing can be said, but what to add.
+	if _, err := Probe(t.Context(), Target{Addr: r.Addr(), Mode: Single, Username: "mute", Password: "secret"}, Worth{}, Reading{}); err == nil ||
+		!strings.Contains(err.Error(), "the user may not call INFO") || !strings.HasSuffix(err.Error(), " +wait") {
+		t.Errorf("a user who may not look: %v", err)
+	}
+	// What is told to be added is what this server takes.
+	r.Do(append([]string{"ACL", "SETUSER", "told", "on", ">secret", "~*"}, strings.Fields(rightsFor(Worth{}))...)...)
+	if got := probe("told"); len(got.Refused) > 0 || len(got.Problems) > 0 {
+		t.Errorf("a user with the rights that are told: %+v", got)
 	}
 	got := probe("reader")
 	if err := got.Allows(Level{}); err == nil || !strings.Contains(strings.Join(got.Refused, " "), "XADD XDEL XACK XCLAIM XGROUP SET") || !strings.Contains(err.Error(), "+@stream") {

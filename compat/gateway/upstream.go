@@ -227,7 +227,13 @@ func (t Target) dialOne() (valkey.Client, error) {
 // advice is what usually helps against a failure to connect, empty for nothing in particular.
 func (t Target) advice(err error) string {
 	var dns *net.DNSError
+	var authority x509.UnknownAuthorityError
+	var name x509.HostnameError
 	switch {
+	case errors.As(err, &authority):
+		return "; if the authority is your own, name its certificate with --upstream-ca"
+	case errors.As(err, &name):
+		return "; use the endpoint's name, which its certificate is for"
 	case refusedLogin(err) && t.IAM != nil:
 		return "; see that the cache's name, the user and the region are right, that the role may elasticache:Connect to both cache and user, and that --iam-serverless is given for a serverless cache"
 	case refusedLogin(err):
