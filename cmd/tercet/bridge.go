@@ -140,6 +140,7 @@ type bridgeView struct {
 	live     bool
 	last     time.Time
 	drawn    bool
+	untold   *bridge.Progress // the newest that was not shown, for it came too soon after another
 	registry *prometheus.Registry
 	copied   prometheus.Gauge
 	lag      prometheus.Gauge
@@ -183,14 +184,18 @@ func (v *bridgeView) tell(p bridge.Progress) {
 	v.copied.Set(float64(p.Copied))
 	v.lag.Set(float64(p.Lag))
 	v.rate.Set(p.Rate)
+	v.untold = &p
 	every := 5 * time.Second
 	if v.live {
 		every = 100 * time.Millisecond
 	}
-	if time.Since(v.last) < every {
-		return
+	if time.Since(v.last) >= every {
+		v.show(p)
 	}
-	v.last = time.Now()
+}
+
+func (v *bridgeView) show(p bridge.Progress) {
+	v.last, v.untold = time.Now(), nil
 	done := barWidth
 	if p.Total > 0 {
 		done = int(min(int64(barWidth)*p.Copied/p.Total, barWidth))
@@ -209,8 +214,11 @@ func (v *bridgeView) tell(p bridge.Progress) {
 	v.a.note("%s", line)
 }
 
-// end leaves the terminal on a line of its own.
+// end shows where it ended, and leaves the terminal on a line of its own.
 func (v *bridgeView) end() {
+	if v.untold != nil {
+		v.show(*v.untold)
+	}
 	if v.drawn {
 		fmt.Fprintln(v.a.err)
 		v.drawn = false

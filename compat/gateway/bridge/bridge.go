@@ -333,7 +333,11 @@ func (b *Bridge) checkSource(ctx context.Context) error {
 		return err
 	}
 	shorter := len(newest) == 0 || less(newest[0].id, b.Place)
-	if shorter && !b.shorter {
+	switch {
+	case !shorter || b.shorter:
+	case b.Place == "0-0":
+		b.log.Warn("the source has no entries under this name", "stream", b.o.Stream)
+	default:
 		b.log.Warn("the source ends before the copy does; what it lost or deleted stays in the copy", "copy", b.Place)
 	}
 	b.shorter = shorter

@@ -686,6 +686,23 @@ func TestSourceWentBack(t *testing.T) {
 	}
 }
 
+// TestNothingThere copies a stream that does not exist: it is said, and is no difference.
+func TestNothingThere(t *testing.T) {
+	from, to := redistest.Start(t), redistest.Start(t)
+	var log strings.Builder
+	b, err := Open(t.Context(), Options{From: target(from), To: target(to), Stream: "ordres", Logger: hclog.New(&hclog.LoggerOptions{Output: &log})})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	if err := b.Run(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(log.String(), "the source has no entries under this name: stream=ordres") || strings.Contains(log.String(), "ends before") {
+		t.Errorf("the log: %q", log.String())
+	}
+}
+
 // TestRefusedInTheMiddle lets an entry be refused while those around it are taken: what follows it is taken back.
 func TestRefusedInTheMiddle(t *testing.T) {
 	from, to := redistest.Start(t), redistest.Start(t)

@@ -242,7 +242,7 @@ func (b *Bridge) takeBack(ctx context.Context, before record, es []entry, refuse
 	if err != nil {
 		return fmt.Errorf("entry %s was refused (%w), and what follows it could not be taken back: %w", es[refused].id, refusal, err)
 	}
-	return fmt.Errorf("the receiving side refuses entry %s of %d bytes: %w; the copy ends before it", es[refused].id, es[refused].bytes(), refusal)
+	return fmt.Errorf("the receiving side refuses entry %s of %d bytes: %w; the copy ends before it. Run the bridge again when the reason is gone, or the entry deleted at the source", es[refused].id, es[refused].bytes(), refusal)
 }
 
 // groupName makes a group's name fit for the record, whatever its bytes.
