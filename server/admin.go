@@ -4,10 +4,8 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"io"
 	"net/http"
 	"net/url"
-	"strings"
 	"time"
 	"unicode/utf8"
 
@@ -114,15 +112,7 @@ func (x *exchange) readJSON(document any) *errs.Error {
 	if !utf8.Valid(buf.b) {
 		return errs.New(errs.InvalidBody, "the body is not UTF-8")
 	}
-	dec := json.NewDecoder(strings.NewReader(string(buf.b)))
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(document); err != nil {
-		return errs.New(errs.InvalidBody, "the body is not the expected JSON object")
-	}
-	if _, err := dec.Token(); err != io.EOF {
-		return errs.New(errs.InvalidBody, "there is more behind the JSON object")
-	}
-	return nil
+	return decodeOver(buf.b, document)
 }
 
 func (x *exchange) version(st *raft.Status) string {
@@ -206,11 +196,36 @@ func (x *exchange) transfer() {
 	}
 	ctx, cancel := x.commandContext()
 	defer cancel()
+	before := x.s.backend.Status().Leader
 	if err := x.s.backend.TransferLeadership(ctx, m.ID); err != nil {
 		x.fail(errs.From(err))
 		return
 	}
+	// Leadership is on its way; who asked is told where it arrived.
+	for end := time.Now().Add(transferPatience); time.Now().Before(end) && ctx.Err() == nil; {
+		if leader := x.s.backend.Status().Leader; leader != "" && (leader == m.ID || m.ID == "" && leader != before) {
+			break
+		}
+		pause(ctx, askAgain)
+	}
 	x.showCluster()
+}
+
+const (
+	// transferPatience is how long the answer to a transfer waits for the new leader to be known.
+	transferPatience = 3 * time.Second
+	// askAgain is the pause before a node is asked again for what it does not know yet.
+	askAgain = 20 * time.Millisecond
+)
+
+// pause waits, or less if the context ends.
+func pause(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
 }
 
 // finalize answers POST /v1/cluster/finalize: the feature level rises to what every member knows.

@@ -62,6 +62,10 @@ func TestMembership(t *testing.T) {
 		if c.status == 200 && (json.Unmarshal(r.body, &cluster) != nil || len(cluster.Nodes) != 3) {
 			t.Errorf("%s %s: %v", c.method, c.path, r)
 		}
+		// Who has leadership handed on is told who leads then.
+		if to := map[string]string{`{"id":"n2"}`: "n2", `{}`: "another"}[c.body]; to != "" && cluster.Leader != to {
+			t.Errorf("%s leads after %s", cluster.Leader, c.body)
+		}
 	}
 	if got := strings.Join(calls, ", "); got != "add n4, remove n2, replace n3, transfer n2, transfer , add n9" {
 		t.Errorf("calls: %s", got)

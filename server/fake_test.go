@@ -21,6 +21,9 @@ type fakeBackend struct {
 
 	mu       sync.Mutex
 	commands []engine.Command
+	// toLead is who leads after Status was asked leaderless times more.
+	toLead     string
+	leaderless int
 }
 
 var fakeSecret = []byte("0123456789abcdef0123456789abcdef")
@@ -57,10 +60,23 @@ func (f *fakeBackend) QueryMember(ctx context.Context, _ string, q engine.Query)
 	return f.Query(ctx, q)
 }
 
-func (f *fakeBackend) Status() raft.Status { return f.status }
-func (f *fakeBackend) Secret() []byte      { return fakeSecret }
-func (f *fakeBackend) Ready() error        { return f.ready }
-func (f *fakeBackend) Live() error         { return f.live }
+func (f *fakeBackend) Secret() []byte { return fakeSecret }
+func (f *fakeBackend) Ready() error   { return f.ready }
+func (f *fakeBackend) Live() error    { return f.live }
+
+// Status is the status that the test gave; while leadership is on its way there is no leader.
+func (f *fakeBackend) Status() raft.Status {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	st := f.status
+	if f.toLead != "" {
+		if f.leaderless--; f.leaderless < 0 {
+			f.status.Leader, f.toLead = f.toLead, ""
+		}
+		st.Leader = ""
+	}
+	return st
+}
 
 func (f *fakeBackend) member(ctx context.Context, verb, name string) error {
 	if f.change != nil {
@@ -82,6 +98,11 @@ func (f *fakeBackend) ReplaceMember(ctx context.Context, name string) error {
 }
 
 func (f *fakeBackend) TransferLeadership(ctx context.Context, name string) error {
+	f.mu.Lock()
+	if f.toLead, f.leaderless = name, 2; name == "" {
+		f.toLead = "another"
+	}
+	f.mu.Unlock()
 	return f.member(ctx, "transfer", name)
 }
 

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"io"
 	"slices"
 	"strconv"
@@ -51,12 +52,24 @@ func decodeOver(body []byte, document any) *errs.Error {
 	dec := json.NewDecoder(bytes.NewReader(body))
 	dec.DisallowUnknownFields()
 	if err := dec.Decode(document); err != nil {
-		return errs.New(errs.InvalidBody, "the body is not the expected JSON object")
+		return errs.New(errs.InvalidBody, "the body is not the expected JSON object%s", whatIsWrong(err))
 	}
 	if _, err := dec.Token(); err != io.EOF {
 		return errs.New(errs.InvalidBody, "there is more behind the JSON object")
 	}
 	return nil
+}
+
+// whatIsWrong names the member that a JSON object could not be read for, if it was one.
+func whatIsWrong(err error) string {
+	const shown = 100 // a member's name is the client's, and may be long
+	if name, ok := strings.CutPrefix(err.Error(), "json: unknown field "); ok && len(name) < shown {
+		return ": it has no member " + name
+	}
+	if wrong := (*json.UnmarshalTypeError)(nil); errors.As(err, &wrong) && wrong.Field != "" && len(wrong.Value) < shown {
+		return ": a " + wrong.Value + " is not what " + wrong.Field + " takes"
+	}
+	return ""
 }
 
 // changeTopicSettings reads a JSON object over settings.

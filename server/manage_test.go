@@ -1,14 +1,17 @@
 package server
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"net/http"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"tercet.dev/tercet/engine"
 	"tercet.dev/tercet/server/servertest"
 	"tercet.dev/tercet/server/wire"
 )
@@ -71,6 +74,14 @@ func TestManageTopics(t *testing.T) {
 	}
 	for _, body := range []string{`{"retentionMaxSeconds":59}`, `{"retentionDefaultSeconds":604801}`, `{"retentionMaxSeconds":60}`, `{"paused":1}`, `{"messageBytesMax":-1}`, `{"nothing":1}`, `[]`, `{} x`} {
 		expect(t, call(t, "PATCH", base+"/v1/topics/orders", []byte(body)), 400, "invalid_body")
+	}
+	for body, want := range map[string]string{
+		`{"nothing":1}`: `it has no member \"nothing\"`, `{"paused":1}`: "a number is not what paused takes", `[]`: "not the expected JSON object\"",
+		`{"` + strings.Repeat("x", 1000) + `":1}`: "not the expected JSON object\"",
+	} {
+		if r := call(t, "PATCH", base+"/v1/topics/orders", []byte(body)); !strings.Contains(string(r.body), want) {
+			t.Errorf("%.40s: %s", body, r.body)
+		}
 	}
 	for i := range 3 {
 		sendMessage(t, base, "orders", fmt.Append(nil, i))
@@ -318,6 +329,24 @@ func TestParked(t *testing.T) {
 		}
 	}
 	expect(t, call(t, "POST", base+parked+"/drop", []byte(`{"since":"yesterday"}`)), 400, "bad_request")
+}
+
+// TestVerifyWaitsForFollowers has the other zones learn only after the leader that a message is committed.
+func TestVerifyWaitsForFollowers(t *testing.T) {
+	var asked atomic.Int32
+	backend := &fakeBackend{status: fakeStatus, query: func(context.Context, engine.Query) (engine.Answer, error) {
+		if n := asked.Add(1); n > 1 && n < 6 {
+			return engine.Answer{}, nil
+		}
+		return engine.Answer{Story: &engine.Story{Bytes: 5, CRC: 1}}, nil
+	}}
+	_, base := start(t, Options{Backend: backend})
+	id := engine.NewSealer(fakeSecret).MessageID(engine.MessageID{Index: 7})
+	var s wire.Story
+	manager{t, base}.do(200, "GET", "/v1/topics/orders/messages/"+id+"?verify=true", "", &s)
+	if s.Verified == nil || !*s.Verified || len(s.Zones) != 3 {
+		t.Errorf("verified %v: %+v", s.Verified, s.Zones)
+	}
 }
 
 // TestStory tells what became of messages, from every node, and what each zone holds of them.

@@ -218,6 +218,11 @@ func (x *exchange) verify(ctx context.Context, members memberReader, query engin
 		wg.Go(func() {
 			c := wire.ZoneCopy{Node: n.ID, Zone: n.Zone}
 			answer, err := members.QueryMember(ctx, n.ID, query)
+			// A node that has it on disk may learn only later that it is committed.
+			for behind := time.Now().Add(verifyPatience / 2); err == nil && answer.Story == nil && time.Now().Before(behind); {
+				pause(ctx, askAgain)
+				answer, err = members.QueryMember(ctx, n.ID, query)
+			}
 			switch {
 			case err != nil:
 				c.Error = errs.From(err).Text()

@@ -170,7 +170,7 @@ func (x *exchange) revokeToken() {
 		e.Hint = "create another one with the scope admin first, or revoke the others first"
 	case left == 0 && open != "true":
 		e = errs.New(errs.Precondition, "this is the last token: without it requests are accepted from everybody who reaches the cluster")
-		e.Hint = "say so with ?open=true if that is meant"
+		e.Hint = "say so with ?open=true (--open) if that is meant"
 	}
 	if e != nil {
 		x.fail(e)

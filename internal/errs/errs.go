@@ -109,7 +109,7 @@ var catalogue = [codeCount]Info{
 	NotAcceptable:       {"not_acceptable", 400, None, "Accept must name multipart/mixed or application/x-ndjson", "set the Accept header"},
 	MessageTooLarge:     {"message_too_large", 413, None, "message is too large", "store the payload elsewhere and send its address"},
 	Unsupported:         {"unsupported", 501, None, "this release does not support the request", "leave the feature out, or upgrade the cluster"},
-	Unauthorized:        {"unauthorized", 401, None, "no valid token was presented", "send Authorization: Bearer TOKEN"},
+	Unauthorized:        {"unauthorized", 401, None, "no valid token was presented", "send Authorization: Bearer TOKEN; the command line takes TERCET_TOKEN or --token-file"},
 	Forbidden:           {"forbidden", 403, None, "the token does not allow this", "use a token with the scope"},
 	TopicNotFound:       {"topic_not_found", 404, None, "Topic not found", "a topic exists once something was published to it"},
 	GroupNotFound:       {"group_not_found", 404, None, "Consumer group not found", "a group exists once something was received with it"},
