@@ -228,6 +228,7 @@ func TestMistakes(t *testing.T) {
 		{exitUsage, "name", []string{"send", "no such topic", "x"}},
 		{exitUsage, "--retention", []string{"send", "t", "x", "--retention", "1s"}},
 		{exitUsage, "whole seconds", []string{"send", "t", "x", "--delay", "1500ms"}},
+		{exitUsage, "--delay 200h0m0s: want 0s to 168h0m0s", []string{"send", "t", "x", "--delay", "200h"}},
 		{exitUsage, "--durability", []string{"send", "t", "x", "--durability", "most"}},
 		{exitUsage, "--header", []string{"send", "t", "x", "--header", "novalue"}},
 		{exitUsage, "--batch", []string{"send", "t", "x", "--batch", "101"}},

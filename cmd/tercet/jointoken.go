@@ -70,7 +70,8 @@ from others, and delete it once the cluster is there.`,
 				if err != nil {
 					return err
 				}
-				a.note("for %s, once, until %s; then admit the node: tercet cluster add %s", created.Node, created.ExpiresAt.Format(time.RFC3339), created.Node)
+				a.note("for %s, once, until %s; then admit the node: tercet cluster add %s (or replace, where it was a member)",
+					created.Node, created.ExpiresAt.Format(time.RFC3339), created.Node)
 				return a.print(created, func(w io.Writer) error {
 					_, err := fmt.Fprintln(w, created.Token)
 					return err

@@ -50,6 +50,8 @@ func TestManageCommands(t *testing.T) {
 	if out := expect(exitOK, "message", "list", "orders", "--header", "x-customer=18"); out != "" {
 		t.Errorf("found %q", out)
 	}
+	expect(exitOK, "send", "bills", `{"to": "C:\\"}`)
+	contains(expect(exitOK, "message", "list", "bills"), `{"to": "C:\\\\"}`) // readable as it is but for what needs escapes
 	expect(exitUsage, "message", "list", "orders", "--state", "leased")
 	expect(exitUsage, "message", "list", "orders", "--since", "yesterday")
 	contains(expect(exitOK, "message", "show", "orders", id, "--verify"), id, "billing", "leased", "crc32c", "yes")

@@ -144,7 +144,7 @@ func (a *app) findMessages(ctx context.Context, cl *client.Client, topic string,
 func excerpt(body []byte) string {
 	const most = 60
 	text := strconv.Quote(string(body[:min(len(body), most)]))
-	text = text[1 : len(text)-1]
+	text = strings.ReplaceAll(text[1:len(text)-1], `\"`, `"`) // nothing quotes it here
 	if len(body) > most {
 		text += "…"
 	}

@@ -105,6 +105,9 @@ func (o *sendOptions) message() (client.Message, client.Durability, error) {
 		}
 		problems = append(problems, wholeSeconds("--retention", o.retention))
 	}
+	if o.delay < 0 || o.delay > limits.DelayMax {
+		problems = append(problems, fmt.Errorf("--delay %s: want 0s to %s", o.delay, limits.DelayMax))
+	}
 	problems = append(problems, wholeSeconds("--delay", o.delay))
 	for _, h := range o.headers {
 		name, value, ok := strings.Cut(h, ":")

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -115,6 +116,12 @@ func TestExampleConfig(t *testing.T) {
 		}
 		if !regexp.MustCompile(`(?m)^(# )?` + f.Name + `: `).Match(content) {
 			t.Errorf("%s is missing", f.Name)
+		}
+		// What stands there and has a default is that, but for the addresses of the three machines.
+		example := slices.Contains([]string{"", "0", "[]", "false"}, f.DefValue) || f.Name == "http" || f.Name == "peer"
+		stands := regexp.MustCompile(`(?m)^` + f.Name + `: `).Match(content)
+		if stands && !example && f.Value.String() != f.DefValue {
+			t.Errorf("%s is %s, and %s without the file", f.Name, f.Value, f.DefValue)
 		}
 	})
 }

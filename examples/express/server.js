@@ -17,4 +17,7 @@ app.post("/api/queues/process-order", signed(queue.handleNodeCallback(async (ord
   console.log(`order ${order.id}, message ${metadata.messageId}, delivery ${metadata.deliveryCount}`);
 })));
 
-const server = app.listen(process.env.PORT ?? 3000, "127.0.0.1", () => console.log(`listening on ${server.address().port}`));
+const server = app.listen(process.env.PORT ?? 3000, "127.0.0.1", (error) => {
+  if (error) throw error; // the port is taken, for instance
+  console.log(`listening on ${server.address().port}`);
+});
