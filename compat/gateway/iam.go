@@ -64,7 +64,7 @@ func (i *IAM) now() time.Time {
 func (i *IAM) Token(ctx context.Context) (string, error) {
 	creds, err := i.Credentials.Retrieve(ctx)
 	if err != nil {
-		return "", fmt.Errorf("AWS credentials: %w", err)
+		return "", fmt.Errorf("AWS credentials: %w; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or give this machine, task or pod a role", err)
 	}
 	query := url.Values{"Action": {"connect"}, "User": {i.User}, "X-Amz-Expires": {fmt.Sprint(int(iamTokenLife / time.Second))}}
 	if i.Serverless {

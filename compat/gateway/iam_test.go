@@ -47,6 +47,14 @@ const (
 	secretKid = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
 )
 
+// TestIAMWithoutCredentials says where they could come from.
+func TestIAMWithoutCredentials(t *testing.T) {
+	i := &IAM{Cache: "orders", User: "app", Region: "eu-central-1", Credentials: credentials.NewStaticCredentialsProvider("", "", "")}
+	if _, err := i.Token(t.Context()); err == nil || !strings.Contains(err.Error(), "set AWS_ACCESS_KEY_ID") {
+		t.Errorf("a token without credentials: %v", err)
+	}
+}
+
 func TestIAMToken(t *testing.T) {
 	at := time.Date(2026, 3, 4, 5, 6, 7, 0, time.UTC)
 	for _, session := range []string{"", "session/token+with=signs"} {

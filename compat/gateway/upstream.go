@@ -118,7 +118,7 @@ func ParseTarget(s, caFile string) (Target, error) {
 		}
 		pem, err := os.ReadFile(caFile)
 		if err != nil {
-			return t, err
+			return t, fmt.Errorf("upstream: trusted certificates: %w", err)
 		}
 		pool, err := x509.SystemCertPool()
 		if err != nil {
