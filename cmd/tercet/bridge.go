@@ -240,6 +240,23 @@ type migrated struct {
 	Equal     bool   `json:"equal"`
 }
 
+func (m migrated) text(w io.Writer) (err error) {
+	switch {
+	case !m.Equal:
+		_, err = fmt.Fprintf(w, "different: source %d, copy %d entries up to %s; %d missing, %d foreign, %d different; the first at %s\n",
+			m.Source, m.Copy, m.Position, m.Missing, m.Foreign, m.Different, m.First)
+	case m.Position == "0-0":
+		_, err = fmt.Fprintln(w, "nothing to compare: no entry was copied yet")
+	default:
+		deleted := ""
+		if m.Deleted > 0 {
+			deleted = fmt.Sprintf("; the copy has %d more that the source has deleted since", m.Deleted)
+		}
+		_, err = fmt.Fprintf(w, "equal: %d entries up to %s, checksum %s%s\n", m.Source, m.Position, m.Checksum, deleted)
+	}
+	return err
+}
+
 func (a *app) migrateCommand() *cobra.Command {
 	var o bridgeOptions
 	var verifyOnly bool
@@ -317,19 +334,7 @@ func (a *app) compare(ctx context.Context, b *bridge.Bridge, o *bridgeOptions, s
 		Stream: o.stream, Position: c.Position, Source: c.Source, Copy: c.Copy, Missing: c.Missing, Foreign: c.Foreign,
 		Different: c.Different, Deleted: c.Deleted, First: c.FirstDifference, Checksum: fmt.Sprintf("%016x", c.Sum), Equal: c.Equal(),
 	}
-	err = a.print(m, func(w io.Writer) error {
-		if m.Equal {
-			deleted := ""
-			if m.Deleted > 0 {
-				deleted = fmt.Sprintf("; the copy has %d more that the source has deleted since", m.Deleted)
-			}
-			_, err := fmt.Fprintf(w, "equal: %d entries up to %s, checksum %s%s\n", m.Source, m.Position, m.Checksum, deleted)
-			return err
-		}
-		_, err := fmt.Fprintf(w, "different: source %d, copy %d entries up to %s; %d missing, %d foreign, %d different; the first at %s\n",
-			m.Source, m.Copy, m.Position, m.Missing, m.Foreign, m.Different, m.First)
-		return err
-	})
+	err = a.print(m, m.text)
 	if err == nil && !m.Equal {
 		err = codedError{exitPrecondition, errors.New("the copy is not the source: copy into another stream (--copy NAME), or delete the copy first")}
 	}

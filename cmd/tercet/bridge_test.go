@@ -24,3 +24,20 @@ func TestBridgeProgressEnds(t *testing.T) {
 		t.Errorf("shown:\n%s", shown.String())
 	}
 }
+
+// What a comparison found is never more than was compared.
+func TestBridgeComparisonText(t *testing.T) {
+	for want, m := range map[string]migrated{
+		"nothing to compare: no entry was copied yet\n": {Position: "0-0", Checksum: "00", Equal: true},
+		"equal: 3 entries up to 5-0, checksum 0a\n":     {Position: "5-0", Source: 3, Copy: 3, Checksum: "0a", Equal: true},
+		"different: source 3, copy 2 entries up to 5-0; 1 missing, 0 foreign, 0 different; the first at 4-0\n": {
+			Position: "5-0", Source: 3, Copy: 2, Missing: 1, First: "4-0"},
+		"equal: 2 entries up to 5-0, checksum 0a; the copy has 1 more that the source has deleted since\n": {
+			Position: "5-0", Source: 2, Copy: 3, Deleted: 1, Checksum: "0a", Equal: true},
+	} {
+		var got bytes.Buffer
+		if err := m.text(&got); err != nil || got.String() != want {
+			t.Errorf("printed %q, %v; want %q", got.String(), err, want)
+		}
+	}
+}
