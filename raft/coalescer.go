@@ -201,12 +201,14 @@ func (c *coalescer) enqueue(o *op) {
 			}
 		}
 		if !o.repeat {
+			// While the disk is behind, ops wait here as they do while entries are in flight: most disks stand still for
+			// a moment now and then, and who waits for that is better off than who is refused.
 			var err *errs.Error
-			switch {
-			case c.pressed:
-				err = &errs.Error{Code: errs.Overloaded, Message: "the disk cannot keep up", RetryAfter: time.Second}
-			case c.bytes > 0 && c.bytes+int64(len(o.cmd)) > c.bytesMax, len(c.queue)-c.head >= limits.IntakeOpenMax:
+			if c.bytes > 0 && c.bytes+int64(len(o.cmd)) > c.bytesMax || len(c.queue)-c.head >= limits.IntakeOpenMax {
 				err = &errs.Error{Code: errs.Overloaded, Message: "the leader's queue is full", RetryAfter: time.Second}
+				if c.pressed {
+					err.Message = "the disk cannot keep up"
+				}
 			}
 			if err != nil {
 				if l != nil {

@@ -154,16 +154,21 @@ func TestCoalescerRefusals(t *testing.T) {
 			t.Fatalf("op %d: %+v, %v", number, got, ok)
 		}
 	}
-	c.enqueue(publishOp(1, 10, &out))
-	expect(1, errs.Overloaded)
-	repeat := publishOp(2, 10, &out)
+	// What comes while the disk is behind waits for it, as far as the queue reaches.
+	c.enqueue(publishOp(1, 6<<10, &out))
+	c.enqueue(publishOp(2, 6<<10, &out))
+	if got, ok := out.of(1); ok || len(f.proposed()) != 0 {
+		t.Fatalf("the first op is not waiting: %+v", got)
+	}
+	expect(2, errs.Overloaded)
+	repeat := publishOp(5, 6<<10, &out)
 	repeat.repeat = true
 	c.enqueue(repeat)
-	if got, ok := out.of(2); ok {
+	if got, ok := out.of(5); ok {
 		t.Fatalf("a repeat was refused: %+v", got)
 	}
 	f.set(func() { f.press = false })
-	poll(t, "the repeat to be proposed", func() bool { return len(f.proposed()) == 1 })
+	poll(t, "what waits to be proposed", func() bool { return len(f.proposed()) == 1 })
 	poll(t, "the pressure to end", func() bool { return !c.isPressed() })
 
 	f.set(func() { f.refusal = &errs.Error{Code: errs.DiskFull, RetryAfter: time.Second} })

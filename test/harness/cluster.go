@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -312,7 +313,7 @@ func (n *Node) Wipe() {
 		n.c.TB.Fatalf("%s still runs", n.ID)
 	}
 	entries, err := os.ReadDir(n.Data)
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) { // a node that was killed early has none
 		n.c.TB.Fatal(err)
 	}
 	for _, e := range entries {
