@@ -271,7 +271,7 @@ const probePrefix = "tercet:gateway:"
 // form that makes none. It reports whether keys of that name are refused.
 func (r *Report) rights(ctx context.Context, c valkey.Client) (keys bool) {
 	for _, words := range [][]string{
-		{"XADD", "", "NOMKSTREAM", "*", "a", "b"}, {"XRANGE", "", "-", "+", "COUNT", "1"}, {"XREVRANGE", "", "+", "-", "COUNT", "1"}, {"XDEL", "", "0-1"},
+		{"XADD", "", "NOMKSTREAM", "*", "a", "b"}, {"XRANGE", "", "-", "+", "COUNT", "1"}, {"XREVRANGE", "", "+", "-", "COUNT", "1"}, {"XLEN", ""}, {"XDEL", "", "0-1"},
 		{"XACK", "", "g", "0-1"}, {"XCLAIM", "", "g", "c", "0", "0-1"}, {"XPENDING", "", "g"}, {"XINFO", "", "GROUPS"}, {"XGROUP", "", "SETID", "g", "0"},
 		{"GET", ""}, {"SET", "", "x", "XX"}, {"HGET", "", "a"}, {"HDEL", "", "a"}, {"ZADD", "", "XX", "1", "a"}, {"ZRANGE", "", "0", "0"}, {"ZSCORE", "", "a"},
 		{"ZCOUNT", "", "0", "1"}, {"ZREM", "", "a"}, {"EVALSHA", "", "0"}, {"EVAL", "", "0"}, {"EVALSHA_RO", "", "0"}, {"EVAL_RO", "", "0"},

@@ -298,6 +298,8 @@ func TestQueue(t *testing.T) {
 		a := a.in(t)
 		r.Do("SET", "text", "x")
 		a.status(409, a.call("POST", "/api/v3/topic/text", "x"))
+		a.status(409, a.call("POST", "/api/v3/topic/text", "x", "Vqs-Delay-Seconds", "1"))
+		a.status(409, a.call("POST", "/api/v3/topic/text", "x", "Vqs-Delay-Seconds", "1", "Vqs-Idempotency-Key", "k"))
 	})
 	t.Run("expiry", func(t *testing.T) {
 		a := a.in(t)

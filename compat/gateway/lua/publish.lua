@@ -18,6 +18,7 @@ while at <= #ARGV do
     pairs[#pairs + 1] = number(now + life)
     local kind, id
     if delay > 0 then
+      redis.call('XLEN', stream) -- refuses a key of another kind now: nobody could be told when the time has come
       kind, id = 'd', number(redis.call('HINCRBY', placed, 'sequence', 1))
       pairs[#pairs + 1] = 'tercet-id'
       pairs[#pairs + 1] = id
