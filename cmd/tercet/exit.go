@@ -122,7 +122,7 @@ func describe(err error) string {
 	switch {
 	case errors.As(err, &answer):
 		hint = answer.Hint
-		if answer.Status == 0 && answer.Outcome == errs.None {
+		if hint == "" && answer.Status == 0 && answer.Outcome == errs.None {
 			hint = "is the cluster running, and --server right? `tercet dev` starts one on this machine"
 		}
 		if answer.Outcome == errs.Unknown {

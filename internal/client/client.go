@@ -127,6 +127,8 @@ type Error struct {
 	// Server is the base URL that was asked.
 	Server string
 	Cause  error
+	// handshake: TLS came to nothing, so nothing was sent, and trying again does not help.
+	handshake bool
 }
 
 // Error implements error.
@@ -204,6 +206,9 @@ func (c *Client) do(ctx context.Context, q request) (res *http.Response, unknown
 		if (attempt+1)%len(c.bases) != 0 {
 			continue
 		}
+		if e.handshake {
+			return nil, unknown, final(e, unknown)
+		}
 		pause := min(max(e.RetryAfter, 100*time.Millisecond), pauseMax)
 		pause += time.Duration(rand.Int64N(int64(pause)/4 + 1))
 		if time.Since(begun)+pause > c.patience {
@@ -253,6 +258,9 @@ func (c *Client) once(ctx context.Context, base *url.URL, q request) (*http.Resp
 		if q.method == http.MethodGet {
 			e.Outcome = errs.None
 		}
+		if e.Hint = handshakeHint(err); e.Hint != "" {
+			e.Outcome, e.handshake = errs.None, true
+		}
 		return nil, e
 	}
 	if res.StatusCode >= 200 && res.StatusCode < 300 {
@@ -260,6 +268,21 @@ func (c *Client) once(ctx context.Context, base *url.URL, q request) (*http.Resp
 	}
 	defer res.Body.Close()
 	return nil, errorOf(res, base.String())
+}
+
+// handshakeHint says what to do about a TLS handshake that one side refused; it is empty for all other errors.
+func handshakeHint(err error) string {
+	if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
+		return "name the authority of the server's certificate with --ca (TERCET_CA), and the server by a name that the certificate has"
+	}
+	if errors.Is(err, http.ErrSchemeMismatch) {
+		return "this port speaks no TLS: use http:// in the address"
+	}
+	// An alert about the client's certificate, or the lack of one; crypto/tls has no type for it.
+	if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "remote error" && strings.Contains(op.Err.Error(), "certificate") {
+		return "present a certificate that the server's --tls-client-ca signed, with --cert and --key (TERCET_CERT, TERCET_KEY)"
+	}
+	return ""
 }
 
 // errorBytesMax bounds how much of an error's body is read.

@@ -2,13 +2,17 @@ package client
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -123,6 +127,41 @@ func TestRetryRules(t *testing.T) {
 				t.Errorf("error %+v", e)
 			}
 		})
+	}
+}
+
+// TestHandshake: when TLS comes to nothing then nothing was done, trying again does not help, and the hint names the way out.
+func TestHandshake(t *testing.T) {
+	handler := http.HandlerFunc(func(http.ResponseWriter, *http.Request) { t.Error("a request came through") })
+	quiet := func(s *httptest.Server) *httptest.Server {
+		s.Config.ErrorLog = log.New(io.Discard, "", 0)
+		t.Cleanup(s.Close)
+		return s
+	}
+	plain, secure := quiet(httptest.NewUnstartedServer(handler)), quiet(httptest.NewUnstartedServer(handler))
+	plain.Start()
+	// By TLS 1.3 the refusal may come when the request is on its way, and be lost with the connection.
+	secure.TLS = &tls.Config{ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: x509.NewCertPool(), MaxVersion: tls.VersionTLS12}
+	secure.StartTLS()
+	trusting := secure.Client().Transport.(*http.Transport).TLSClientConfig
+	trusting.Certificates = secure.TLS.Certificates // which nobody signed that the server trusts
+	for _, c := range []struct {
+		url, hint string
+		tls       *tls.Config
+	}{
+		{secure.URL, "--ca", nil},
+		{secure.URL, "--cert", trusting},
+		{strings.Replace(plain.URL, "http:", "https:", 1), "http://", nil},
+	} {
+		client, err := New(Options{Servers: []string{c.url, c.url}, Patience: time.Second, TLS: c.tls})
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _, err = client.Send(t.Context(), "t", Message{Key: "k"}, Default)
+		client.Close()
+		if e, ok := errors.AsType[*Error](err); !ok || e.Outcome != errs.None || !strings.Contains(e.Hint, c.hint) {
+			t.Errorf("%s: %v, %+v", c.hint, err, e)
+		}
 	}
 }
 
