@@ -30,7 +30,7 @@ func CheckBind(addr string, authenticated, insecure bool) (public bool, err erro
 	if authenticated || insecure {
 		return true, nil
 	}
-	return true, fmt.Errorf("address %q can be reached from other machines: configure tokens, or pass --insecure to serve without authentication", addr)
+	return true, fmt.Errorf("address %q can be reached from other machines: configure tokens (auth in the --config file) or --tls-client-ca, or pass --insecure to serve without authentication", addr)
 }
 
 func loopback(host string) bool {

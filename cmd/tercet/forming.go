@@ -9,6 +9,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/hashicorp/go-hclog"
+
 	"tercet.dev/tercet/internal/errs"
 	"tercet.dev/tercet/server/wire"
 )
@@ -28,9 +30,10 @@ const formingPatience = time.Second
 
 // serveForming begins to answer on the listeners, by TLS if secure is not nil. stop ends it and leaves the listeners
 // open, with nobody turned away.
-func serveForming(listeners []net.Listener, secure *tls.Config) (stop func()) {
+func serveForming(listeners []net.Listener, secure *tls.Config, log hclog.Logger) (stop func()) {
 	f := &forming{listeners: listeners, conns: make(chan net.Conn), done: make(chan struct{})}
 	f.http = &http.Server{Handler: f, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second}
+	f.http.ErrorLog = log.StandardLogger(&hclog.StandardLoggerOptions{ForceLevel: hclog.Debug})
 	f.http.SetKeepAlivesEnabled(false)
 	for _, l := range listeners {
 		f.wg.Go(func() {

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/hashicorp/go-hclog"
+
 	"tercet.dev/tercet/server"
 	"tercet.dev/tercet/server/wire"
 )
@@ -18,7 +20,7 @@ func TestForming(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer closeAll(listeners)
-	stop := serveForming(listeners, nil)
+	stop := serveForming(listeners, nil, hclog.NewNullLogger())
 	defer stop()
 	client := &http.Client{Transport: &http.Transport{}}
 	defer client.CloseIdleConnections()

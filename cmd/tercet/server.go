@@ -139,7 +139,9 @@ func (o *serverOptions) config() (raft.Config, error) {
 		ZoneTimeout: o.zoneTimeout, DiskReserve: int64(o.diskReserve), WALSegmentSize: int64(o.walSegmentSize),
 		MemoryBudget: int64(o.memory), VirtualClock: o.virtualClock, SyncDelay: o.bench.delay,
 	}
-	if !nodeName.MatchString(o.nodeID) {
+	if o.nodeID == "" {
+		problem("--node-id is required")
+	} else if !nodeName.MatchString(o.nodeID) {
 		problem("--node-id %q: want 1 to 64 characters out of A-Z a-z 0-9 _ -", o.nodeID)
 	}
 	if cfg.Zone == "" {
@@ -185,13 +187,16 @@ func (o *serverOptions) config() (raft.Config, error) {
 	for _, f := range []struct {
 		flag, addr    string
 		authenticated bool
-	}{{"--http", o.http, o.security.authenticated()}, {"--peer", o.peer, securePeers}} {
+	}{{"--http", o.http, o.security.authenticated()}, {"--peer", o.peer, true}} {
 		if f.addr == "" {
 			continue
 		}
 		if err := checkAddress(f.addr, f.authenticated, o.insecure); err != nil {
 			problem("%s: %w", f.flag, err)
 		}
+	}
+	if public, _ := server.CheckBind(o.peer, true, false); public && !securePeers && !o.insecure {
+		problem("--peer: address %q can be reached from other machines: give the nodes certificates with --peer-token or --peer-tls-cert, or pass --insecure", o.peer)
 	}
 	if err := o.valkey.check(o.security.files.ClientCA != "", o.insecure); err != nil {
 		problem("%w", err)
@@ -388,7 +393,7 @@ func (a *app) server(ctx context.Context, o *serverOptions) error {
 		"http", o.http, "peer", o.peer, "valkey", o.valkey.addr, "durability", cfg.Durability, "pid", os.Getpid())
 
 	cfg.Logger, cfg.Registerer = log, registry
-	formed := serveForming(httpListeners, secured.tls)
+	formed := serveForming(httpListeners, secured.tls, log.Named("server"))
 	node, err := raft.Start(ctx, cfg)
 	formed()
 	if err != nil {

@@ -57,12 +57,12 @@ func TestServerConfigErrors(t *testing.T) {
 		args []string
 		want []string
 	}{
-		{nil, []string{"--node-id", "--data is required"}},
+		{nil, []string{"--node-id is required", "--data is required"}},
 		{[]string{"--node-id", "a/b", "--data", "/d"}, []string{`--node-id "a/b"`}},
 		{append(good, "--zone", "z z"), []string{`--zone "z z"`}},
 		{append(good, "--http", "0.0.0.0:7300"), []string{"--http", "--insecure"}},
 		{append(good, "--http", "example.com:7300"), []string{"--http", "--insecure"}},
-		{append(good, "--peer", "10.1.2.3:7400"), []string{"--peer", "--insecure"}},
+		{append(good, "--peer", "10.1.2.3:7400"), []string{"--peer", "--peer-token", "--insecure"}},
 		{append(good, "--valkey", "10.1.2.3:6379"), []string{"--valkey", "--insecure"}},
 		{append(good, "--http", "http://127.0.0.1:7300"), []string{"--http", "without a scheme"}},
 		{append(good, "--http", "7300"), []string{"--http", "HOST:PORT"}},
