@@ -61,7 +61,7 @@ func (c *core) run(ctx context.Context, into any, args ...string) error {
 	if c.o.dir != "" {
 		args = append(args, "--dir", c.o.dir)
 	}
-	line := "tercet " + strings.Join(args, " ")
+	line := strings.ReplaceAll("tercet "+strings.Join(args, " "), c.base, "bin/"+filepath.Base(c.base)) // whoever repeats it has it there
 	c.commands = append(c.commands, line)
 	fmt.Fprintf(os.Stderr, "%s %s\n", time.Since(c.began).Round(time.Second), line)
 	cmd := exec.CommandContext(ctx, c.tercet, append(args, "-o", "json")...)
