@@ -209,24 +209,13 @@ type cachedFile struct{ vfs.File }
 
 func (f cachedFile) Write(b []byte) (int, error) { return f.File.Write(slices.Clone(b)) }
 
-// begin makes sure that there is a pack with room for blocks.
-func (p *packs) begin() (err error) {
-	if p.cur != nil && p.cur.size >= p.limit {
-		err = p.seal(&p.cur)
+// begin makes sure that w, for parts or for blocks, is a pack with room.
+func (p *packs) begin(w **packWriter, parts bool) (err error) {
+	if *w != nil && (*w).size >= p.limit {
+		err = p.seal(w)
 	}
-	if err == nil && p.cur == nil {
-		p.cur, err = p.create(false)
-	}
-	return err
-}
-
-// beginParts does the same for parts.
-func (p *packs) beginParts() (err error) {
-	if p.parts != nil && p.parts.size >= p.limit {
-		err = p.seal(&p.parts)
-	}
-	if err == nil && p.parts == nil {
-		p.parts, err = p.create(true)
+	if err == nil && *w == nil {
+		*w, err = p.create(parts)
 	}
 	return err
 }

@@ -319,15 +319,17 @@ func (e *Engine) store(entry []byte) error {
 	defer func() { _ = batch.Close() }()
 	blocks := make([]*block, 0, len(e.open))
 	if len(e.open) > 0 {
-		if err := e.packs.begin(); err != nil {
+		if err := e.packs.begin(&e.packs.cur, false); err != nil {
 			return err
 		}
+		before := e.packs.cur.size
 		for _, t := range e.open {
 			b := t.open
 			e.putBlock(batch, t, entry)
 			blocks = append(blocks, b)
 		}
 		e.putExpiries(batch, blocks, false)
+		e.packs.blocksGrown.appended += e.packs.cur.size - before
 		if err := e.packs.end(); err != nil {
 			return err
 		}
@@ -367,8 +369,6 @@ func (e *Engine) store(entry []byte) error {
 // is of, or the place at which this entry put the payload.
 func (e *Engine) putBlock(batch *pebble.Batch, t *topic, entry []byte) {
 	b := t.open
-	before := e.packs.cur.size
-	defer func() { e.packs.blocksGrown.appended += e.packs.cur.size - before }()
 	b.at = e.packs.cur.add(b, func(dst []byte) []byte {
 		dst = payloadHead(dst, b.count)
 		from := len(dst)

@@ -57,18 +57,7 @@ func (e *Engine) rewritePacks(batch *pebble.Batch) (rewritten []uint64, err erro
 	if len(victims) == 0 {
 		return nil, nil
 	}
-	var w *packWriter
-	seal := func() error {
-		if w == nil {
-			return nil
-		}
-		err := w.write(true)
-		e.mu.Lock()
-		p.sealed = append(p.sealed, w.f)
-		e.mu.Unlock()
-		w = nil
-		return err
-	}
+	to := packCopy{e: e}
 	err = e.eachStored(func(b *block) error {
 		if !victims[b.at.pack] || b.index > applied {
 			return nil
@@ -84,27 +73,48 @@ func (e *Engine) rewritePacks(batch *pebble.Batch) (rewritten []uint64, err erro
 		if err != nil {
 			return err
 		}
-		if w != nil && w.size >= p.limit {
-			if err := seal(); err != nil {
-				return err
-			}
-		}
-		if w == nil {
-			e.mu.Lock()
-			w, err = p.create(false)
-			e.mu.Unlock()
-			if err != nil {
-				return err
-			}
+		w, err := to.writer()
+		if err != nil {
+			return err
 		}
 		b.at = w.add(b, func(dst []byte) []byte { return appendThinned(dst, payload, dead) })
 		_ = batch.Set(e.keys.key(rowBlock, b.topic, b.base), b.appendRow(nil), nil) // a batch in memory takes everything
 		return w.write(false)
 	})
-	if err = errors.Join(err, seal()); err != nil {
+	if err = errors.Join(err, to.seal()); err != nil {
 		return nil, fmt.Errorf("engine: rewriting packs: %w", err)
 	}
 	return rewritten, nil
+}
+
+// packCopy is where rewriting puts what lives on: packs of its own, beside those that Apply adds to.
+type packCopy struct {
+	e     *Engine
+	parts bool
+	w     *packWriter
+}
+
+// writer returns a pack with room.
+func (c *packCopy) writer() (w *packWriter, err error) {
+	if c.w != nil && c.w.size >= c.e.packs.limit {
+		err = c.seal()
+	}
+	if err == nil && c.w == nil {
+		c.e.mu.Lock()
+		c.w, err = c.e.packs.create(c.parts)
+		c.e.mu.Unlock()
+	}
+	return c.w, err
+}
+
+func (c *packCopy) seal() error {
+	if c.w == nil {
+		return nil
+	}
+	err := c.w.write(true) // it may wait for the disk: not while Apply waits for mu
+	c.e.mu.Lock()
+	defer c.e.mu.Unlock()
+	return errors.Join(err, c.e.packs.seal(&c.w))
 }
 
 // rewriteParts does the same for the packs of parts. A part is alive as long as it has a row; what this checkpoint removes
@@ -149,16 +159,7 @@ func (e *Engine) rewriteParts(batch *pebble.Batch) (rewritten []uint64, err erro
 	if len(victims) == 0 || err != nil {
 		return nil, err
 	}
-	var w *packWriter
-	seal := func() error {
-		if w == nil {
-			return nil
-		}
-		err := w.write(true) // not while Apply waits for mu
-		e.mu.Lock()
-		defer e.mu.Unlock()
-		return errors.Join(err, p.seal(&w))
-	}
+	to := packCopy{e: e, parts: true}
 	err = e.eachPart(func(key []byte, index uint64, at place) error {
 		if !victims[at.pack] || index > applied {
 			return nil
@@ -169,24 +170,15 @@ func (e *Engine) rewriteParts(batch *pebble.Batch) (rewritten []uint64, err erro
 		if err != nil {
 			return err
 		}
-		if w != nil && w.size >= p.limit {
-			if err := seal(); err != nil {
-				return err
-			}
-		}
-		if w == nil {
-			e.mu.Lock()
-			w, err = p.create(true)
-			e.mu.Unlock()
-			if err != nil {
-				return err
-			}
+		w, err := to.writer()
+		if err != nil {
+			return err
 		}
 		at = w.append(topic, upload, len(part), func(dst []byte) []byte { return append(dst, part...) })
 		_ = batch.Set(key, appendPart(nil, index, at), nil) // a batch in memory takes everything
 		return w.write(false)
 	})
-	if err = errors.Join(err, seal()); err != nil {
+	if err = errors.Join(err, to.seal()); err != nil {
 		return nil, fmt.Errorf("engine: rewriting packs: %w", err)
 	}
 	return rewritten, nil

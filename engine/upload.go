@@ -210,7 +210,7 @@ func (e *Engine) purgeParts(t *topic) {
 // putParts writes the parts that the entry has brought, and the rows of what it has brought of large messages.
 func (e *Engine) putParts(batch *pebble.Batch) error {
 	if len(e.newParts) > 0 {
-		if err := e.packs.beginParts(); err != nil {
+		if err := e.packs.begin(&e.packs.parts, true); err != nil {
 			return err
 		}
 		w := e.packs.parts
