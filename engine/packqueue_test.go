@@ -132,3 +132,17 @@ func TestPackQueueFails(t *testing.T) {
 		}
 	})
 }
+
+// TestPackPadding: what fills a chunk up is zeros, whatever its buffer held before.
+func TestPackPadding(t *testing.T) {
+	f := &slowFile{allow: make(chan error, 1)}
+	f.allow <- nil
+	q := newPackQueue(func(f func()) { f() }, func(err error) { t.Error(err) })
+	buf := bytes.Repeat([]byte{'x'}, packBlock)
+	if err := q.hand(packPart{f: f, pack: 1, buf: append(alignedBytes(packBlock)[:0], buf...)[:100]}); err != nil {
+		t.Fatal(err)
+	}
+	if want := append(buf[:100:100], make([]byte, packBlock-100)...); !bytes.Equal(f.wrote.Bytes(), want) {
+		t.Errorf("the file has %q", f.wrote.Bytes())
+	}
+}

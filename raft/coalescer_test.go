@@ -15,6 +15,7 @@ type fakeLeader struct {
 	mu      sync.Mutex
 	entries [][]byte
 	press   bool
+	asked   int // how often the coalescer has looked whether the disk is behind
 	refusal *errs.Error
 }
 
@@ -27,7 +28,7 @@ func (f *fakeLeader) env(t *testing.T) coalescerEnv {
 			defer f.mu.Unlock()
 			f.entries = append(f.entries, entry)
 		},
-		pressed: func() bool { f.mu.Lock(); defer f.mu.Unlock(); return f.press },
+		pressed: func() bool { f.mu.Lock(); defer f.mu.Unlock(); f.asked++; return f.press },
 		refuse:  func(*op) *errs.Error { f.mu.Lock(); defer f.mu.Unlock(); return f.refusal },
 		fatal:   func(err error) { t.Error(err) },
 	}
@@ -157,6 +158,9 @@ func TestCoalescerRefusals(t *testing.T) {
 	// What comes while the disk is behind waits for it, as far as the queue reaches.
 	c.enqueue(publishOp(1, 6<<10, &out))
 	c.enqueue(publishOp(2, 6<<10, &out))
+	looked := func() (n int) { f.set(func() { n = f.asked }); return n }
+	before := looked()
+	poll(t, "the coalescer to look twice", func() bool { return looked() >= before+2 })
 	if got, ok := out.of(1); ok || len(f.proposed()) != 0 {
 		t.Fatalf("the first op is not waiting: %+v", got)
 	}
