@@ -391,7 +391,15 @@ func startCutting(t *testing.T, server *redistest.Server, cut func()) (*cutting,
 	return c, gateway.Target{Addr: l.Addr().String(), Mode: gateway.Single}
 }
 
-func (c *cutting) stop() {
+// ended closes a bridge that copied 3000 entries, unless err says otherwise, and the cutting before its server.
+func (c *cutting) ended(t *testing.T, b *Bridge, err error) {
+	if err == nil {
+		equal(t, b, 3000)
+	}
+	if b.Copied != 3000 {
+		t.Errorf("%d entries are recorded", b.Copied)
+	}
+	b.Close()
 	c.l.Close()
 	c.group.Wait()
 }
@@ -406,14 +414,7 @@ func TestLostAnswers(t *testing.T) {
 		t.Fatal(err)
 	}
 	err = b.Run(t.Context(), false)
-	if err == nil {
-		equal(t, b, 3000)
-	}
-	if b.Copied != 3000 {
-		t.Errorf("%d entries are recorded", b.Copied)
-	}
-	b.Close()
-	c.stop()
+	c.ended(t, b, err)
 	if err != nil || c.cuts.Load() == 0 {
 		t.Fatalf("%v; %d answers were lost", err, c.cuts.Load())
 	}
@@ -443,14 +444,7 @@ func TestInterrupted(t *testing.T) {
 		interrupted++
 		b.o.BatchEntries = 300 + interrupted // the next transaction is not the same one
 	}
-	if err == nil {
-		equal(t, b, 3000)
-	}
-	if b.Copied != 3000 {
-		t.Errorf("%d entries are recorded", b.Copied)
-	}
-	b.Close()
-	c.stop()
+	c.ended(t, b, err)
 	if err != nil || interrupted == 0 {
 		t.Fatalf("%v; %d runs were interrupted", err, interrupted)
 	}
